@@ -1,0 +1,18 @@
+"""GPU kernels for neural networks, in Triton and CUDA C++, as drop-in PyTorch layers."""
+
+from gpunn import functional, nn
+from gpunn.kernels.launch import Trace, backend, trace
+from gpunn.replacement import Replacement, accelerate, restore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Replacement",
+    "Trace",
+    "accelerate",
+    "backend",
+    "functional",
+    "nn",
+    "restore",
+    "trace",
+]

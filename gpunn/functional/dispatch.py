@@ -1,0 +1,41 @@
+"""What the functions of this package share: autocast, and gradients that can be differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def autocast_to_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as autocast hands them to an op of its lower-precision list, such as linear."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and _is_eligible(tensor) else tensor
+        for tensor in tensors
+    )
+
+
+def _is_eligible(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
+def differentiable_gradients(
+    composition: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor | None],
+    needed: Sequence[bool],
+    dy: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """The gradients of ``composition(*inputs)``, themselves differentiable, for a double backward.
+
+    ``composition`` is the operator written with torch operations. Each input is aliased first, so
+    that a tensor given twice gets the gradient of each of its two places.
+    """
+    aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    wanted = [a for a, need in zip(aliases, needed, strict=True) if a is not None and need]
+    gradients = iter(torch.autograd.grad(composition(*aliases), wanted, dy, create_graph=True))
+    return [
+        next(gradients) if alias is not None and need else None
+        for alias, need in zip(aliases, needed, strict=True)
+    ]

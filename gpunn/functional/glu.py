@@ -1,0 +1,86 @@
+"""Gated linear units on one pair of kernels: y = a f(b), a and b the halves of the input.
+
+All follow torch's ``glu`` in taking the *second* half as the gate. Source: Dauphin et al. 2017
+(glu); Shazeer, "GLU variants improve Transformer" (2020).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpunn.functional.activation import TORCH
+from gpunn.functional.dispatch import differentiable_gradients
+from gpunn.kernels.glu import glu_backward, glu_forward
+from gpunn.kernels.launch import takes
+
+
+def _composed(input: torch.Tensor, dim: int, gate: str) -> torch.Tensor:
+    a, b = input.chunk(2, dim)
+    return a * TORCH[gate](b)
+
+
+class _Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, gate: str) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.dim, ctx.gate = dim, gate
+        return glu_forward(x, dim, gate, [])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return glu_backward(dy, x, ctx.dim, ctx.gate, []), None, None
+        (dx,) = differentiable_gradients(
+            lambda alias: _composed(alias, ctx.dim, ctx.gate), [x], [True], dy
+        )
+        return dx, None, None
+
+
+def _gated(name: str, input: torch.Tensor, dim: int, gate: str) -> torch.Tensor:
+    if not isinstance(input, torch.Tensor):
+        raise TypeError(f"input: {name} expects a tensor, got {type(input).__name__}")
+    if not -input.dim() <= dim < input.dim():
+        raise IndexError(
+            f"dim: expected a dimension from {-input.dim()} to {input.dim() - 1}, got {dim}"
+        )
+    dim %= input.dim()
+    if input.shape[dim] % 2:
+        raise RuntimeError(
+            f"input: {name} halves dimension {dim}, whose size must be even, "
+            f"got {input.shape[dim]} of shape {tuple(input.shape)}"
+        )
+    if not takes(name, input):
+        return _composed(input, dim, gate)
+    if input.requires_grad and torch.is_grad_enabled():
+        return _Glu.apply(input, dim, gate)  # type: ignore[no-any-return]
+    return glu_forward(input, dim, gate, [])
+
+
+def glu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """y = a sigmoid(b), input (…, 2n, …) = (a, b) along ``dim``, y (…, n, …).
+
+    Raises:
+        IndexError: ``dim`` is not a dimension of the input.
+        RuntimeError: the size of that dimension is odd.
+    """
+    return _gated("glu", input, dim, "sigmoid")
+
+
+def swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """y = a silu(b); otherwise as ``glu``."""
+    return _gated("swiglu", input, dim, "silu")
+
+
+def geglu(input: torch.Tensor, dim: int = -1, approximate: str = "none") -> torch.Tensor:
+    """y = a gelu(b), with gelu's ``approximate``; otherwise as ``glu``."""
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")
+    return _gated("geglu", input, dim, "gelu" if approximate == "none" else "gelu_tanh")
+
+
+def reglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """y = a relu(b); otherwise as ``glu``."""
+    return _gated("reglu", input, dim, "relu")

@@ -1,0 +1,188 @@
+"""Linear with all that usually follows it in one kernel: bias, activation, dropout, residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gpunn.functional.activation import TWICE_DIFFERENTIABLE, ActivationName, resolve_activation
+from gpunn.functional.dispatch import autocast_to_lower, differentiable_gradients
+from gpunn.kernels.activation import ACTIVATIONS
+from gpunn.kernels.dropout import dropout_factors
+from gpunn.kernels.launch import chosen_backend, decline, record_fallback, takes
+from gpunn.kernels.linear import (
+    linear_epilogue_backward,
+    linear_forward,
+    linear_input_gradient,
+    linear_weight_gradient,
+    saves,
+)
+from gpunn.kernels.philox import draw_seed
+
+
+def _composed(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    name: str,
+    parameters: list[float],
+    factors: torch.Tensor | None,
+) -> torch.Tensor:
+    y = F.linear(input, weight, bias)
+    if name != "identity":
+        y = TWICE_DIFFERENTIABLE[name](y, *parameters)
+    if factors is not None:
+        y = y * factors
+    return y if residual is None else y + residual
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        name: str,
+        parameters: list[float],
+        dropout_p: float,
+    ) -> torch.Tensor:
+        seed = draw_seed(x.device) if dropout_p > 0 else None
+        y, saved = linear_forward(
+            x, weight, bias, residual, seed, name, parameters, dropout_p, True
+        )
+        kept = {"nothing": None, "y": y, "saved": saved}
+        ctx.save_for_backward(
+            x, weight, bias, residual, seed, kept[saves(name, dropout_p, residual is not None)]
+        )
+        ctx.name, ctx.parameters, ctx.dropout_p = name, parameters, dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, residual, seed, saved = ctx.saved_tensors
+        name, parameters, dropout_p = ctx.name, ctx.parameters, ctx.dropout_p
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            factors = None if seed is None else dropout_factors(seed, dy.detach(), dropout_p)
+            gradients = differentiable_gradients(
+                lambda x, w, b, r: _composed(x, w, b, r, name, parameters, factors),
+                (x, weight, bias, residual),
+                needed,
+                dy,
+            )
+            return (*gradients, None, None, None)
+        changes = saved is not None or seed is not None
+        needs_dz = changes and (needed[0] or needed[1])
+        dz, dbias = dy, None
+        if needs_dz or needed[2]:
+            epilogue = linear_epilogue_backward(
+                dy, saved, seed, name, parameters, dropout_p, needs_dz, needed[2]
+            )
+            dz = epilogue[0] if needs_dz else dy
+            dbias = epilogue[1] if needed[2] else None
+        dx = linear_input_gradient(dz, weight) if needed[0] else None
+        dweight = linear_weight_gradient(dz, x) if needed[1] else None
+        return dx, dweight, dbias, dy if needed[3] else None, None, None, None
+
+
+def _check(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Refuse what cannot be computed, naming the argument, what was given and what is allowed."""
+    if weight.dim() != 2:
+        raise RuntimeError(
+            f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
+        )
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"input: expected shape (*, {weight.shape[1]}) for a weight of shape "
+            f"{tuple(weight.shape)}, got {tuple(input.shape)}"
+        )
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != (*input.shape[:-1], weight.shape[0]):
+        expected = (*input.shape[:-1], weight.shape[0])
+        raise RuntimeError(f"residual: expected shape {expected}, got {tuple(residual.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.dtype != input.dtype:
+            raise RuntimeError(
+                f"{name}: expected dtype {input.dtype}, that of input, got {tensor.dtype}"
+            )
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"{name}: expected device {input.device}, that of input, got {tensor.device}"
+            )
+
+
+def linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: ActivationName = None,
+    residual: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> torch.Tensor:
+    """y = dropout(f(x Wᵀ + b)) + residual, in one kernel.
+
+    Args:
+        input: x, of shape (*, K), with any strides.
+        weight: W, (N, K).
+        bias: b, (N,), or None.
+        activation: f, by name, or a tuple of the name and its parameters, such as
+            ``("leaky_relu", 0.2)``; None is the identity. The names are the keys of
+            ``gpunn.kernels.activation.ACTIVATIONS``.
+        residual: (*, N), added last.
+        dropout_p: the probability with which an element of f(…) is dropped; the others are
+            multiplied by 1 / (1 - dropout_p).
+        training: whether dropout is applied.
+
+    Returns:
+        y, of shape (*, N), in the dtype of input (under autocast, in autocast's).
+
+    Under ``backend("auto")`` a linear with nothing to fuse is cuBLAS's, and so is the product
+    where absorbing the epilogue should cost more than it saves (``gpunn.trace()`` tells).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit each other.
+        ValueError: an unknown activation, or a dropout_p outside of [0, 1].
+    """
+    name, parameters = resolve_activation(activation)
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, bias, residual = autocast_to_lower(input, weight, bias, residual)  # type: ignore[assignment]
+    _check(input, weight, bias, residual, dropout_p)
+    dropout_p = dropout_p if training else 0.0
+    on_kernel = takes("linear", input, weight, bias, residual)
+    if on_kernel and not ACTIVATIONS[name].limits(*parameters):
+        decline("linear", f"no kernel for {name} with the parameters {tuple(parameters)}")
+        on_kernel = False
+    bare = name == "identity" and residual is None and dropout_p == 0
+    if on_kernel and bare and chosen_backend() == "auto":
+        record_fallback("linear", "nothing to fuse: cuBLAS")
+        return F.linear(input, weight, bias)
+    if not on_kernel:
+        factors = None
+        if dropout_p > 0:
+            ones = input.new_ones((*input.shape[:-1], weight.shape[0]))
+            factors = F.dropout(ones, dropout_p)
+        return _composed(input, weight, bias, residual, name, parameters, factors)
+    tensors = (input, weight, bias, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Linear.apply(*tensors, name, parameters, dropout_p)  # type: ignore[no-any-return]
+    seed = draw_seed(input.device) if dropout_p > 0 else None
+    y, _ = linear_forward(*tensors, seed, name, parameters, dropout_p, False)
+    return y

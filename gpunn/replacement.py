@@ -1,0 +1,76 @@
+"""Replacing the layers of an existing model by gpunn's, in place, and back.
+
+gpunn's layers subclass torch's and add no parameters, so a layer is replaced by changing its class:
+parameters, buffers, hooks, optimizer references and the ``state_dict`` stay what they were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+import gpunn.nn
+
+
+@dataclass
+class Replacement:
+    """What ``accelerate`` or ``restore`` did to a model; printing it shows a table."""
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    """Module name to the class that it was given."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Module name to the reason why it was left as it is."""
+
+    def __str__(self) -> str:
+        rows = [(name or "(model)", "→", text) for name, text in self.replaced.items()]
+        rows += [(name or "(model)", "·", f"kept: {text}") for name, text in self.kept.items()]
+        width = max((len(row[0]) for row in rows), default=0)
+        return "\n".join(f"{name:{width}} {mark} {text}" for name, mark, text in rows)
+
+
+def _counterparts() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+    """torch's class to gpunn's class of the same name, for all that gpunn defines."""
+    pairs = {}
+    for name in gpunn.nn.__all__:
+        ours, theirs = getattr(gpunn.nn, name), getattr(torch.nn, name, None)
+        if theirs is not None and ours is not theirs:
+            pairs[theirs] = ours
+    return pairs
+
+
+def accelerate(model: torch.nn.Module) -> Replacement:
+    """Give every layer of ``model`` that gpunn has a counterpart of gpunn's class, in place.
+
+    A subclass of a torch layer is left alone, since its own code may depend on torch's forward.
+    """
+    return _change_classes(model, _counterparts(), "gpunn has no such layer")
+
+
+def restore(model: torch.nn.Module) -> Replacement:
+    """Give every gpunn layer of ``model`` its torch class back, in place.
+
+    A layer with a fused activation or dropout has no torch counterpart, and is left as it is.
+    """
+    back = {ours: theirs for theirs, ours in _counterparts().items()}
+    return _change_classes(model, back, "not a gpunn layer")
+
+
+def _change_classes(
+    model: torch.nn.Module,
+    classes: dict[type[torch.nn.Module], type[torch.nn.Module]],
+    otherwise: str,
+) -> Replacement:
+    record = Replacement()
+    for name, module in model.named_modules():
+        new = classes.get(type(module))
+        fused = isinstance(module, gpunn.nn.Linear) and (
+            module.activation is not None or module.dropout_p > 0
+        )
+        if new is not None and not fused:
+            module.__class__ = new
+            record.replaced[name] = f"{new.__module__.partition('.')[0]} {new.__name__}"
+        elif not any(True for _ in module.children()):
+            reason = "its fused parts have no torch layer" if fused else otherwise
+            record.kept[name] = f"{type(module).__name__}: {reason}"
+    return record

@@ -1,0 +1,80 @@
+"""Running the kernels on a CPU: what Triton's interpreter gets wrong, mended.
+
+With ``TRITON_INTERPRET=1`` in the environment before the first import, ``triton.jit`` functions
+run in NumPy, one program after the other. That is how the kernels are tested where there is no
+GPU. Triton 3.6 mistreats bfloat16 there, which NumPy lacks and the interpreter keeps as uint16:
+
+- ``tl.dot`` multiplies the 16-bit patterns as integers;
+- a conversion to bfloat16 truncates where a GPU rounds to nearest even, and one from float64
+  or float16 converts the number to an integer.
+
+And it makes an integer of an array of one element, which NumPy 2.4 refuses and 2.3 warns of.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+INTERPRETING: bool = bool(triton.knobs.runtime.interpret)
+
+
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of bfloat16 bit patterns (uint16)."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The bfloat16 bit patterns (uint16) nearest to float32 values, ties to even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def mend_interpreter() -> None:
+    """Replace the faulty functions of Triton's interpreter. Called once, on import."""
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle(bfloat16_to_float32(operand.data), tl.float32)
+
+    def mended_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    def mended_cast(self: Any, source: Any, target_type: Any) -> Any:
+        source_type, target = source.dtype.scalar, target_type.scalar
+        if source_type == target:
+            return source
+        if source_type == tl.bfloat16:
+            return cast(self, widened(source), target_type)
+        if target == tl.bfloat16:
+            values = cast(self, source, tl.float32).data
+            return TensorHandle(float32_to_bfloat16(values), tl.bfloat16)
+        return cast(self, source, target_type)
+
+    def mended_patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    InterpreterBuilder.create_dot = mended_dot
+    InterpreterBuilder.cast_impl = mended_cast
+    interpreter._patch_lang_tensor = mended_patch
+
+
+def quiet_numpy() -> AbstractContextManager[None]:
+    """NumPy silent about overflow and NaN, as a GPU is: both sides of ``tl.where`` are computed."""
+    return np.errstate(all="ignore")
+
+
+if INTERPRETING:
+    mend_interpreter()

@@ -1,0 +1,272 @@
+"""How kernels are launched: configurations, the record of what ran, the choice of backend.
+
+Nothing here knows an operator. A launcher (``kernels/linear.py`` and its like) allocates its
+outputs, picks a ``Launch``, and calls ``run``; ``operator`` registers it as a ``torch.library`` op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any, Literal, ParamSpec, TypeVar, cast
+
+import torch
+
+from gpunn.kernels.interpreter import INTERPRETING, quiet_numpy
+
+Backend = Literal["auto", "kernels", "torch"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch configuration. A subclass adds its block sizes; each becomes a constexpr."""
+
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @cache  # noqa: B019  (frozen, hashable, and there are a few dozen of them)
+    def arguments(self) -> dict[str, int]:
+        """Keyword arguments for a kernel: ``BLOCK_ROWS=…`` from a field ``block_rows``."""
+        options = ("num_warps", "num_stages")
+        return {n if n in options else n.upper(): v for n, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class LaunchRecord:
+    """One kernel launch."""
+
+    operator: str
+    kernel: str
+    grid: tuple[int, ...]
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class FallbackRecord:
+    """One operator, or part of one, that was left to PyTorch, and why."""
+
+    operator: str
+    reason: str
+
+
+@dataclass
+class Trace:
+    """What ran inside ``with gpunn.trace() as trace``; printing it shows a table."""
+
+    launches: list[LaunchRecord] = field(default_factory=list)
+    fallbacks: list[FallbackRecord] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [(r.operator, r.kernel, f"grid {r.grid}  {r.launch}") for r in self.launches]
+        rows += [(r.operator, "torch", r.reason) for r in self.fallbacks]
+        counted = {row: rows.count(row) for row in dict.fromkeys(rows)}
+        if not counted:
+            return "nothing was launched"
+        widths = [max(len(row[i]) for row in counted) for i in (0, 1)]
+        return "\n".join(
+            f"{count:5d} × {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}"
+            for row, count in counted.items()
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch that was captured instead of made: all that a compiler needs to know of it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launcher may ask of the device that it launches on."""
+
+    capability: int
+    n_multiprocessors: int
+
+
+# Autograd runs a CUDA backward in a thread of its own, so these are the process's, not a thread's.
+_traces: list[Trace] = []
+_backend: Backend = "auto"
+_capture: tuple[Device, list[Call]] | None = None
+
+
+@contextmanager
+def trace() -> Iterator[Trace]:
+    """Record every kernel launch and every fallback to PyTorch in this block, backward included.
+
+    Inside ``torch.compile`` the launches are recorded when the compiled code runs; the fallbacks
+    were decided while it was compiled and are not.
+    """
+    record = Trace()
+    _traces.append(record)
+    try:
+        yield record
+    finally:
+        _traces[:] = [other for other in _traces if other is not record]
+
+
+@contextmanager
+def backend(choice: Backend) -> Iterator[None]:
+    """Choose who computes in this block (for the whole process, in every thread).
+
+    ``"auto"``: gpunn's kernels, or PyTorch's op where that is the faster way.
+    ``"kernels"``: gpunn's kernels alone; an error where there is none for the case.
+    ``"torch"``: PyTorch's ops alone.
+    """
+    global _backend
+    if choice not in ("auto", "kernels", "torch"):
+        raise ValueError(f"backend: expected 'auto', 'kernels' or 'torch', got {choice!r}")
+    previous, _backend = _backend, choice
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def chosen_backend() -> Backend:
+    """The backend in force."""
+    return _backend
+
+
+@contextmanager
+def captured(device: Device) -> Iterator[list[Call]]:
+    """Collect launches for ``device`` instead of making them; launchers may get meta tensors."""
+    global _capture
+    calls: list[Call] = []
+    previous, _capture = _capture, (device, calls)
+    try:
+        yield calls
+    finally:
+        _capture = previous
+
+
+def record_fallback(operator: str, reason: str) -> None:
+    """Note that ``operator`` (or a part of it) was left to PyTorch."""
+    if _traces and not torch.compiler.is_compiling():
+        for record in _traces:
+            record.fallbacks.append(FallbackRecord(operator, reason))
+
+
+@cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """The device of a launch on ``tensor``; in the interpreter, a Hopper of four processors."""
+    if _capture is not None:
+        return _capture[0]
+    if tensor.is_cuda:
+        return _cuda_device(tensor.get_device())
+    return Device(capability=90, n_multiprocessors=4)
+
+
+def run(
+    operator: str,
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    launch: Launch,
+    **constants: Any,
+) -> None:
+    """Launch ``kernel`` on the device and stream of its first tensor, and record it."""
+    keywords = {**constants, **launch.arguments()}
+    if _capture is not None:
+        _capture[1].append(Call(kernel, grid, arguments, keywords, launch))
+        return
+    for record in _traces:
+        record.launches.append(LaunchRecord(operator, kernel.__name__, grid, launch))
+    if INTERPRETING:
+        with quiet_numpy():
+            kernel[grid](*arguments, **keywords)
+        return
+    first = next(a for a in arguments if isinstance(a, torch.Tensor))
+    index = first.get_device()
+    switch = index >= 0 and index != torch.cuda.current_device()
+    with torch.cuda.device(index) if switch else nullcontext():
+        kernel[grid](*arguments, **keywords)
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> int:
+    return _cuda_device(index).capability
+
+
+def refusal(tensors: Sequence[torch.Tensor | None]) -> str | None:
+    """Why no kernel can take these tensors here; None when one can."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        kind = tensor.device.type
+        if kind != "cuda" and not (kind == "cpu" and INTERPRETING):
+            return f"{kind} tensor" + (" and TRITON_INTERPRET is not 1" if kind == "cpu" else "")
+        if tensor.dtype not in _DTYPES:
+            return f"no kernel for {tensor.dtype} on {kind}"
+        if type(tensor) not in _PLAIN:
+            return f"tensor subclass {type(tensor).__name__}"
+        if torch.version.hip:
+            return "ROCm device"
+        if kind == "cuda" and (capability := _capability(tensor.get_device())) < 80:
+            return f"no kernel below compute capability 8.0, and this is {capability / 10}"
+    return None
+
+
+_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+if INTERPRETING:  # for gradcheck; on a GPU double precision is PyTorch's
+    _DTYPES.add(torch.float64)
+_PLAIN: tuple[type, ...] = (
+    torch.Tensor,
+    torch.nn.Parameter,
+    torch._subclasses.FakeTensor,
+    torch._subclasses.functional_tensor.FunctionalTensor,
+)
+
+
+def decline(operator: str, reason: str) -> None:
+    """Leave ``operator`` to PyTorch: noted in the trace, an error under ``backend("kernels")``."""
+    if _backend == "kernels":
+        raise RuntimeError(f"{operator}: backend('kernels') was asked for, but: {reason}")
+    record_fallback(operator, reason)
+
+
+def takes(operator: str, *tensors: torch.Tensor | None) -> bool:
+    """Whether the kernels take these tensors under the chosen backend; the trace says why not."""
+    if _backend == "torch":
+        record_fallback(operator, "backend('torch')")
+        return False
+    reason = refusal(tensors)
+    if reason is not None:
+        decline(operator, reason)
+    return reason is None
+
+
+library = torch.library.Library("gpunn", "DEF")
+launchers: dict[str, Callable[..., Any]] = {}
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a launcher as the ``torch.library`` op ``gpunn::<schema>``.
+
+    ``fake`` computes the outputs' shapes and dtypes for torch.compile; launchers allocate through
+    it too, so that the two cannot differ. The launcher itself stays in ``launchers``.
+    """
+    name = schema.partition("(")[0]
+
+    def register(launcher: Callable[P, R]) -> Callable[P, R]:
+        library.define(schema)
+        library.impl(name, launcher, "CPU")
+        library.impl(name, launcher, "CUDA")
+        torch.library.register_fake(f"gpunn::{name}", fake, lib=library)
+        launchers[name] = launcher
+        return cast(Callable[P, R], getattr(torch.ops.gpunn, name).default)
+
+    return register
