@@ -304,8 +304,11 @@ def mish(x, p0: tl.constexpr, p1: tl.constexpr):
 
 @triton.jit
 def mish_gradient(dy, x, p0: tl.constexpr, p1: tl.constexpr):
-    t = tanh_softplus(x)
-    return dy * (t + x * (1 - t * t) * sigmoid(x, p0, p1))
+    e = tl.exp(-tl.abs(x))
+    n = tl.where(x < 0, e * (e + 2), 1 + 2 * e)
+    u = tl.where(x < 0, 1.0, e * e)
+    d = 1 / (n + 2 * u)  # t = n d, and 1 - t² without cancellation
+    return dy * (n * d + x * (4 * u * (n + u) * d * d) * sigmoid(x, p0, p1))
 
 
 Saves = Literal["input", "output"]

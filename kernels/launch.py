@@ -201,22 +201,33 @@ def _capability(index: int) -> int:
     return _cuda_device(index).capability
 
 
+def _refusal_of(tensor: torch.Tensor) -> str | None:
+    kind = tensor.device.type
+    if kind not in ("cpu", "cuda") or torch.version.hip:
+        return f"{kind} tensor" + (" on ROCm" if torch.version.hip else "")
+    if tensor.dtype not in _DTYPES:
+        return f"no kernel for {tensor.dtype} on {kind}"
+    if type(tensor) not in _PLAIN:
+        return f"tensor subclass {type(tensor).__name__}"
+    if kind == "cuda" and (capability := _capability(tensor.get_device())) < 80:
+        return f"no kernel below compute capability 8.0, and this is {capability / 10}"
+    return None
+
+
 def refusal(tensors: Sequence[torch.Tensor | None]) -> str | None:
     """Why no kernel can take these tensors here; None when one can."""
     for tensor in tensors:
         if tensor is None:
             continue
-        kind = tensor.device.type
-        if kind != "cuda" and not (kind == "cpu" and INTERPRETING):
-            return f"{kind} tensor" + (" and TRITON_INTERPRET is not 1" if kind == "cpu" else "")
-        if tensor.dtype not in _DTYPES:
-            return f"no kernel for {tensor.dtype} on {kind}"
-        if type(tensor) not in _PLAIN:
-            return f"tensor subclass {type(tensor).__name__}"
-        if torch.version.hip:
-            return "ROCm device"
-        if kind == "cuda" and (capability := _capability(tensor.get_device())) < 80:
-            return f"no kernel below compute capability 8.0, and this is {capability / 10}"
+        if tensor.is_cpu and not INTERPRETING:  # first, since it is what a CPU's user waits for
+            return "cpu tensor, and TRITON_INTERPRET is not 1"
+        if (reason := _refusal_of(tensor)) is not None:
+            return reason
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "inside a torch.func transform"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode differentiation"
     return None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gpunn.functional.dispatch import autocast_is_on, is_tensor
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.elementwise import activation_backward, activation_forward
 from gpunn.kernels.launch import decline, takes
@@ -124,8 +125,8 @@ def _activate(
     """f(input) on the kernel where there is one for the case, else on torch's op."""
     values = [float(value) for value in parameters]
     _check_parameters(name, values)
-    if not isinstance(input, torch.Tensor):
-        raise TypeError(f"input: {name} expects a tensor, got {type(input).__name__}")
+    if not is_tensor(name, input):
+        return TORCH[name](input, *values)
     if inplace:
         decline(name, "inplace=True")
         return TORCH[name](input, *values, inplace=True)
@@ -134,8 +135,8 @@ def _activate(
     if not ACTIVATIONS[name].limits(*values):
         decline(name, f"no kernel for the parameters {tuple(values)}")
         return TORCH[name](input, *values)
-    if name == "softplus" and torch.is_autocast_enabled(input.device.type):
-        input = input.float() if input.is_cuda else input  # on autocast's float32 list for CUDA
+    if name == "softplus" and input.is_cuda and autocast_is_on(input):
+        input = input.float()  # softplus is on autocast's float32 list for CUDA
     if input.requires_grad and torch.is_grad_enabled():
         return _Activation.apply(input, name, values)  # type: ignore[no-any-return]
     return activation_forward(input, name, values)

@@ -5,6 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.overrides import has_torch_function_unary
+
+
+def is_tensor(operator: str, input: object) -> bool:
+    """Whether ``input`` is a tensor; False for a stand-in, such as torch.fx's, that acts as one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(input, torch.Tensor):
+        return True
+    if has_torch_function_unary(input):
+        return False
+    raise TypeError(f"input: {operator} expects a tensor, got {type(input).__name__}")
+
+
+def autocast_is_on(tensor: torch.Tensor) -> bool:
+    """Whether autocast is enabled for the tensor's device."""
+    if tensor.is_cpu or tensor.is_cuda:
+        return torch.is_autocast_enabled("cpu" if tensor.is_cpu else "cuda")
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast_to_lower(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

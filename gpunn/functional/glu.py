@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpunn.functional.activation import TORCH
-from gpunn.functional.dispatch import differentiable_gradients
+from gpunn.functional.dispatch import differentiable_gradients, is_tensor
 from gpunn.kernels.glu import glu_backward, glu_forward
 from gpunn.kernels.launch import takes
 
@@ -40,8 +40,10 @@ class _Glu(torch.autograd.Function):
 
 
 def _gated(name: str, input: torch.Tensor, dim: int, gate: str) -> torch.Tensor:
-    if not isinstance(input, torch.Tensor):
-        raise TypeError(f"input: {name} expects a tensor, got {type(input).__name__}")
+    if not is_tensor(name, input):
+        return _composed(input, dim, gate)
+    if input.dim() == 0:
+        raise RuntimeError(f"input: {name} needs at least one dimension, got a tensor of none")
     if not -input.dim() <= dim < input.dim():
         raise IndexError(
             f"dim: expected a dimension from {-input.dim()} to {input.dim() - 1}, got {dim}"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from gpunn.functional.activation import TWICE_DIFFERENTIABLE, ActivationName, resolve_activation
-from gpunn.functional.dispatch import autocast_to_lower, differentiable_gradients
+from gpunn.functional.dispatch import (
+    autocast_is_on,
+    autocast_to_lower,
+    differentiable_gradients,
+    is_tensor,
+)
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.dropout import dropout_factors
 from gpunn.kernels.launch import chosen_backend, decline, record_fallback, takes
@@ -29,13 +36,14 @@ def _composed(
     residual: torch.Tensor | None,
     name: str,
     parameters: list[float],
-    factors: torch.Tensor | None,
+    dropout: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor:
+    """linear in torch's own operations."""
     y = F.linear(input, weight, bias)
     if name != "identity":
         y = TWICE_DIFFERENTIABLE[name](y, *parameters)
-    if factors is not None:
-        y = y * factors
+    if dropout is not None:
+        y = dropout(y)
     return y if residual is None else y + residual
 
 
@@ -68,9 +76,11 @@ class _Linear(torch.autograd.Function):
         name, parameters, dropout_p = ctx.name, ctx.parameters, ctx.dropout_p
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            factors = None if seed is None else dropout_factors(seed, dy.detach(), dropout_p)
+            dropout = None
+            if seed is not None:
+                dropout = partial(torch.mul, dropout_factors(seed, dy.detach(), dropout_p))
             gradients = differentiable_gradients(
-                lambda x, w, b, r: _composed(x, w, b, r, name, parameters, factors),
+                lambda x, w, b, r: _composed(x, w, b, r, name, parameters, dropout),
                 (x, weight, bias, residual),
                 needed,
                 dy,
@@ -95,36 +105,35 @@ def _check(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    dropout_p: float,
 ) -> None:
     """Refuse what cannot be computed, naming the argument, what was given and what is allowed."""
+    given, (n_cols, n_inner) = input.shape, _shape_of_matrix(weight)
+    if not given or given[-1] != n_inner:
+        raise RuntimeError(
+            f"input: expected shape (*, {n_inner}) for a weight of shape {(n_cols, n_inner)}, "
+            f"got {tuple(given)}"
+        )
+    if bias is not None and bias.shape != (n_cols,):
+        raise RuntimeError(f"bias: expected shape ({n_cols},), got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != (*given[:-1], n_cols):
+        expected = (*given[:-1], n_cols)
+        raise RuntimeError(f"residual: expected shape {expected}, got {tuple(residual.shape)}")
+    dtype, device = input.dtype, input.device
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.dtype != dtype:
+            raise RuntimeError(f"{name}: expected dtype {dtype}, that of input, got {tensor.dtype}")
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(
+                f"{name}: expected device {device}, that of input, got {tensor.device}"
+            )
+
+
+def _shape_of_matrix(weight: torch.Tensor) -> torch.Size:
     if weight.dim() != 2:
         raise RuntimeError(
             f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
         )
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise RuntimeError(
-            f"input: expected shape (*, {weight.shape[1]}) for a weight of shape "
-            f"{tuple(weight.shape)}, got {tuple(input.shape)}"
-        )
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if residual is not None and residual.shape != (*input.shape[:-1], weight.shape[0]):
-        expected = (*input.shape[:-1], weight.shape[0])
-        raise RuntimeError(f"residual: expected shape {expected}, got {tuple(residual.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.dtype != input.dtype:
-            raise RuntimeError(
-                f"{name}: expected dtype {input.dtype}, that of input, got {tensor.dtype}"
-            )
-        if tensor.device != input.device:
-            raise RuntimeError(
-                f"{name}: expected device {input.device}, that of input, got {tensor.device}"
-            )
+    return weight.shape
 
 
 def linear(
@@ -154,32 +163,33 @@ def linear(
     Returns:
         y, of shape (*, N), in the dtype of input (under autocast, in autocast's).
 
-    Under ``backend("auto")`` a linear with nothing to fuse is cuBLAS's, and so is the product
-    where absorbing the epilogue should cost more than it saves (``gpunn.trace()`` tells).
+    Under ``backend("auto")`` a linear with nothing to fuse is PyTorch's (on a GPU, cuBLAS), and so
+    is the product where absorbing the epilogue should cost more than it saves; the trace tells.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit each other.
         ValueError: an unknown activation, or a dropout_p outside of [0, 1].
     """
     name, parameters = resolve_activation(activation)
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias, residual = autocast_to_lower(input, weight, bias, residual)  # type: ignore[assignment]
-    _check(input, weight, bias, residual, dropout_p)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
     dropout_p = dropout_p if training else 0.0
+    dropout = partial(F.dropout, p=dropout_p) if dropout_p > 0 else None
+    if not is_tensor("linear", input):
+        return _composed(input, weight, bias, residual, name, parameters, dropout)
+    if autocast_is_on(input):
+        input, weight, bias, residual = autocast_to_lower(input, weight, bias, residual)  # type: ignore[assignment]
+    _check(input, weight, bias, residual)
     on_kernel = takes("linear", input, weight, bias, residual)
     if on_kernel and not ACTIVATIONS[name].limits(*parameters):
         decline("linear", f"no kernel for {name} with the parameters {tuple(parameters)}")
         on_kernel = False
     bare = name == "identity" and residual is None and dropout_p == 0
     if on_kernel and bare and chosen_backend() == "auto":
-        record_fallback("linear", "nothing to fuse: cuBLAS")
+        record_fallback("linear", "nothing to fuse: PyTorch's product")
         return F.linear(input, weight, bias)
     if not on_kernel:
-        factors = None
-        if dropout_p > 0:
-            ones = input.new_ones((*input.shape[:-1], weight.shape[0]))
-            factors = F.dropout(ones, dropout_p)
-        return _composed(input, weight, bias, residual, name, parameters, factors)
+        return _composed(input, weight, bias, residual, name, parameters, dropout)
     tensors = (input, weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Linear.apply(*tensors, name, parameters, dropout_p)  # type: ignore[no-any-return]
