@@ -207,6 +207,8 @@ def _refusal_of(tensor: torch.Tensor) -> str | None:
         return f"{kind} tensor" + (" on ROCm" if torch.version.hip else "")
     if tensor.dtype not in _DTYPES:
         return f"no kernel for {tensor.dtype} on {kind}"
+    if tensor.layout != torch.strided:
+        return f"{tensor.layout} tensor"
     if type(tensor) not in _PLAIN:
         return f"tensor subclass {type(tensor).__name__}"
     if kind == "cuda" and (capability := _capability(tensor.get_device())) < 80:

@@ -56,6 +56,8 @@ def differentiable_gradients(
     """
     aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     wanted = [a for a, need in zip(aliases, needed, strict=True) if a is not None and need]
+    if not wanted:
+        return [None] * len(inputs)
     gradients = iter(torch.autograd.grad(composition(*aliases), wanted, dy, create_graph=True))
     return [
         next(gradients) if alias is not None and need else None

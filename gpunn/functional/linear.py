@@ -64,28 +64,28 @@ class _Linear(torch.autograd.Function):
             x, weight, bias, residual, seed, name, parameters, dropout_p, True
         )
         kept = {"nothing": None, "y": y, "saved": saved}
-        ctx.save_for_backward(
-            x, weight, bias, residual, seed, kept[saves(name, dropout_p, residual is not None)]
-        )
+        has_residual = residual is not None  # its value is not needed: its gradient is dy
+        ctx.save_for_backward(x, weight, bias, seed, kept[saves(name, dropout_p, has_residual)])
         ctx.name, ctx.parameters, ctx.dropout_p = name, parameters, dropout_p
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, residual, seed, saved = ctx.saved_tensors
+        x, weight, bias, seed, saved = ctx.saved_tensors
         name, parameters, dropout_p = ctx.name, ctx.parameters, ctx.dropout_p
-        needed = ctx.needs_input_grad[:4]
+        needed = ctx.needs_input_grad[:3]
+        dresidual = dy if ctx.needs_input_grad[3] else None
         if torch.is_grad_enabled():
             dropout = None
             if seed is not None:
                 dropout = partial(torch.mul, dropout_factors(seed, dy.detach(), dropout_p))
             gradients = differentiable_gradients(
-                lambda x, w, b, r: _composed(x, w, b, r, name, parameters, dropout),
-                (x, weight, bias, residual),
+                lambda x, w, b: _composed(x, w, b, None, name, parameters, dropout),
+                (x, weight, bias),
                 needed,
                 dy,
             )
-            return (*gradients, None, None, None)
+            return (*gradients, dresidual, None, None, None)
         changes = saved is not None or seed is not None
         needs_dz = changes and (needed[0] or needed[1])
         dz, dbias = dy, None
@@ -97,7 +97,7 @@ class _Linear(torch.autograd.Function):
             dbias = epilogue[1] if needed[2] else None
         dx = linear_input_gradient(dz, weight) if needed[0] else None
         dweight = linear_weight_gradient(dz, x) if needed[1] else None
-        return dx, dweight, dbias, dy if needed[3] else None, None, None, None
+        return dx, dweight, dbias, dresidual, None, None, None
 
 
 def _check(
@@ -150,7 +150,7 @@ def linear(
 
     Args:
         input: x, of shape (*, K), with any strides.
-        weight: W, (N, K).
+        weight: W, (N, K); a vector (K,) is left to torch.
         bias: b, (N,), or None.
         activation: f, by name, or a tuple of the name and its parameters, such as
             ``("leaky_relu", 0.2)``; None is the identity. The names are the keys of
@@ -179,6 +179,9 @@ def linear(
         return _composed(input, weight, bias, residual, name, parameters, dropout)
     if autocast_is_on(input):
         input, weight, bias, residual = autocast_to_lower(input, weight, bias, residual)  # type: ignore[assignment]
+    if weight.dim() == 1:
+        decline("linear", "the weight is a vector")
+        return _composed(input, weight, bias, residual, name, parameters, dropout)
     _check(input, weight, bias, residual)
     on_kernel = takes("linear", input, weight, bias, residual)
     if on_kernel and not ACTIVATIONS[name].limits(*parameters):

@@ -1,0 +1,81 @@
+"""The command line: ``gpunn doctor``, ``gpunn check``, ``gpunn profile``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+Step = Callable[[str], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="gpunn", description="GPU kernels for neural networks: what runs here, and how well."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("doctor", help="what hardware and versions there are, and what runs here")
+    check = commands.add_parser("check", help="every op's kernels against its NumPy reference")
+    check.add_argument("ops", nargs="*", metavar="OP", help="only these ops")
+    profile = commands.add_parser("profile", help="what the kernels cost, and how fast they are")
+    if given[:1] == ["profile"]:
+        from gpunn.profiling.command import add_arguments
+
+        add_arguments(profile)
+    arguments = parser.parse_args(given)
+    if arguments.command == "doctor":
+        from gpunn.doctor import report
+
+        print(report())
+        return 0
+    if arguments.command == "check":
+        return run_check_command(arguments.ops, parser.error)
+    from gpunn.profiling.command import run
+
+    return int(run(arguments))
+
+
+def run_check_command(ops: Sequence[str], refuse: Callable[[str], object]) -> int:
+    """``gpunn check``: prints the table; 1 if a row of it fails."""
+    from gpunn import check
+
+    for op in ops:
+        if op not in check.CHECKS:
+            refuse(f"unknown op {op!r}; known are {', '.join(check.CHECKS)}")
+    if not check.kernels_run_here():
+        print("No GPU here: the kernels run through Triton's interpreter.", flush=True)
+        return check.interpreted(["check", *ops])
+    names = list(ops) or list(check.CHECKS)
+    total = sum(len(check.checks_of(op)) for op in names) * len(check.DTYPES)
+    with progress("checking", total) as step:
+        rows = check.run_checks(names, lambda row: step(f"{row.op} {row.case}"))
+    print(table([check.HEADER, *(row.cells() for row in rows)]))
+    failed = [row for row in rows if not row.ok]
+    print(f"\n{len(rows) - len(failed)} of {len(rows)} checks passed.")
+    return 1 if failed else 0
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Step]:
+    """A progress bar on a terminal, where rich is installed; else nothing."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda text: None
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)

@@ -1,0 +1,120 @@
+"""``gpunn doctor``: the hardware and the versions here, and how each op's kernels can run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import gpunn
+from gpunn.check import CHECKS, kernels_run_here, run_check
+
+Lines = list[tuple[str, str]]
+ATTEMPT = "from gpunn.doctor import attempts; import json; print(json.dumps(attempts()))"
+
+
+def report() -> str:
+    """What ``gpunn doctor`` prints."""
+    sections = {"Hardware": hardware(), "Versions": versions(), "Kernels": kernels()}
+    width = max(len(name) for lines in sections.values() for name, _ in lines)
+    text = []
+    for title, lines in sections.items():
+        text += [title, *(f"  {name:{width}}  {value}" for name, value in lines), ""]
+    return "\n".join(text).rstrip()
+
+
+def hardware() -> Lines:
+    """The processor and the GPUs."""
+    lines = [("CPU", f"{cpu_name()}, {os.cpu_count()} cores")]
+    if not torch.cuda.is_available():
+        return [*lines, ("GPU", f"no GPU: {why_no_gpu()}")]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        memory = f"{found.total_memory / 2**30:.0f} GiB"
+        capability = f"compute capability {found.major}.{found.minor}"
+        lines.append((f"GPU {index}", f"{found.name}, {capability}, {memory}"))
+    return lines
+
+
+def cpu_name() -> str:
+    """The processor's own name on Linux, else what Python knows."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def why_no_gpu() -> str:
+    """What torch can say of why it has no GPU."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return f"torch was built for CUDA {torch.version.cuda}, but finds no device or driver"
+
+
+def versions() -> Lines:
+    """Of Python, gpunn and what it stands on."""
+    lines = [("Python", platform.python_version()), ("gpunn", gpunn.__version__)]
+    lines += [(name, version_of(name)) for name in ("torch", "triton", "numpy", "cupy")]
+    return [*lines, ("C++ compiler", compiler())]
+
+
+def version_of(package: str) -> str:
+    """The version of a package, or how to get it."""
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError as error:
+        if package == "cupy" and isinstance(error, ModuleNotFoundError):
+            extra = "cuda12" if (torch.version.cuda or "").startswith("12") else "cuda13"
+            return f'not installed (optional: pip install "gpunn[{extra}]")'
+        return f"cannot be imported: {error}"
+
+
+def compiler() -> str:
+    """The C++ compiler that Triton and PyTorch would find."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            done = subprocess.run([path, "--version"], capture_output=True, text=True)
+            return f"{(done.stdout.splitlines() or ['unknown'])[0]} ({path})"
+    return "none (torch.compile on a CPU, and Triton on a GPU, need one)"
+
+
+def attempts() -> dict[str, str]:
+    """Every op, with the verdict of its first check in float32: a kernel really runs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        op: run_check(checks[0], torch.float32, device).verdict for op, checks in CHECKS.items()
+    }
+
+
+def interpreted_attempts() -> dict[str, str]:
+    """The same in a process that interprets kernels."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ATTEMPT], env=environment, capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    reason = (done.stderr.strip().splitlines() or ["the process said nothing"])[-1]
+    return dict.fromkeys(CHECKS, f"FAIL: {reason}")
+
+
+def kernels() -> Lines:
+    """How each op's kernels can run here: on the GPU, through the interpreter, or why not."""
+    found = attempts() if kernels_run_here() else interpreted_attempts()
+    way = "on the GPU" if torch.cuda.is_available() else "through Triton's interpreter, on the CPU"
+    lines = [
+        (op, way if verdict == "ok" else f"not at all: {verdict}") for op, verdict in found.items()
+    ]
+    if torch.cuda.is_available():
+        return lines
+    return [*lines, ("", "(in tests and gpunn check; the layers themselves use PyTorch on a CPU)")]
