@@ -1,0 +1,171 @@
+"""Every kernel in every configuration that it can choose, as launches to be compiled.
+
+A scenario calls a launcher on meta tensors while its launches are captured. ``report_of`` runs in a
+process of its own without TRITON_INTERPRET (see test_compiles.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from gpunn.kernels import launch, product
+from gpunn.kernels.activation import ACTIVATIONS
+from gpunn.kernels.launch import launchers
+from gpunn.kernels.product import Epilogue, MatmulLaunch
+from gpunn.profiling.static_report import Report, chip, meta, report
+
+SIZE = 4096
+HALF = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Launches to compile, and what their machine code must have."""
+
+    launch: Callable[[], object]
+    tensor_cores: bool = False
+    wide_only: bool = False
+    """Whether every global access must be of 128 bits."""
+    capabilities: tuple[int, ...] = (80, 90, 100)
+
+
+def _epilogue(kind: str, dtype: torch.dtype, activation: str) -> Epilogue:
+    """An epilogue: "bare", "saved" (bias, activation, residual) or "all" (and dropout)."""
+    y = meta(SIZE, SIZE, dtype=dtype)
+    if kind == "bare":
+        return Epilogue(y)
+    epilogue = Epilogue(
+        y,
+        bias=meta(SIZE, dtype=dtype),
+        residual=torch.empty_like(y),
+        saved=torch.empty_like(y),
+        activation=activation,
+        parameters=list(ACTIVATIONS[activation].defaults),
+    )
+    if kind == "all":
+        epilogue.seed, epilogue.dropout_p = meta(1, dtype=torch.int64), 0.1
+    return epilogue
+
+
+def _operands(layout: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Operands with the inner dimension contiguous, the rows contiguous, or unaligned."""
+    width = SIZE + 1 if layout == "odd" else SIZE
+    a, b = meta(SIZE, width, dtype=dtype), meta(SIZE, width, dtype=dtype)
+    return (a.T, b.T) if layout == "rows" else (a[:, :SIZE], b[:, :SIZE])
+
+
+def _multiply(
+    tile: MatmulLaunch, layout: str, kind: str, dtype: torch.dtype, precision: str, activation: str
+) -> None:
+    a, b = _operands(layout, dtype)
+    epilogue = _epilogue(kind if kind != "split" else "bare", dtype, activation)
+    if kind == "split":
+        tile = replace(tile, split_inner=4)
+        epilogue = Epilogue(meta(4, SIZE, SIZE, dtype=torch.float32))
+    tf32 = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        product.multiply("product", a, b, epilogue, tile)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = tf32
+
+
+# The activations whose epilogues take the most registers, the ones to try every tile with.
+HEAVY = {"saved": ("gelu_tanh",), "all": ("softplus", "mish")}
+FAMILIES = (
+    ("descriptor", product.DESCRIPTOR_TILES_16_BIT, ("inner", "rows"), HALF, "ieee", (90, 100)),
+    ("pointer", product.POINTER_TILES_16_BIT, ("odd", "rows"), HALF, "ieee", (80, 90, 100)),
+    ("tf32", product.TILES_TF32, ("inner", "rows", "odd"), torch.float32, "tf32", (80, 90, 100)),
+    ("ieee", product.TILES_IEEE, ("inner", "rows", "odd"), torch.float32, "ieee", (80, 90, 100)),
+)
+
+
+def _product_scenarios() -> dict[str, Scenario]:
+    found = {}
+    for family, tiles, layouts, dtype, precision, capabilities in FAMILIES:
+        for tile in tiles:
+            for layout in layouts:
+                # an epilogue comes with linear's forward, whose operands are contiguous or odd
+                for kind in ("bare",) if layout == "rows" else ("saved", "all", "split"):
+                    chips: tuple[int, ...] = capabilities
+                    if family == "descriptor" and kind == "all":
+                        skipped = {c: _skipped(c) for c in chips}
+                        chips = tuple(c for c in chips if tile not in tiles[: skipped[c]])
+                    if family == "pointer" and layout == "rows":
+                        chips = (80,)
+                    for activation in HEAVY.get(kind, ("identity",)):
+                        shape = f"{tile.block_rows}x{tile.block_cols}x{tile.block_inner}"
+                        found[f"product-{family}-{shape}-{layout}-{kind}-{activation}"] = Scenario(
+                            partial(_multiply, tile, layout, kind, dtype, precision, activation),
+                            tensor_cores=precision == "tf32" or dtype == HALF,
+                            capabilities=chips,
+                        )
+    return found
+
+
+def _skipped(capability: int) -> int:
+    """How many of the widest tiles are not used with dropout."""
+    problem = product.Product(1, 1, 1, HALF, "ieee", True, True, chip(capability))
+    return len(product.DESCRIPTOR_TILES_16_BIT) - len(product.tiles_for(problem))
+
+
+def _finish(n_parts: int, activation: str) -> None:
+    partials = meta(n_parts, SIZE, SIZE, dtype=torch.float32)
+    product.finish("finish", partials, _epilogue("all", HALF, activation))
+
+
+def _linear_scenarios() -> dict[str, Scenario]:
+    found = {
+        f"epilogue-{parts}-{activation}": Scenario(partial(_finish, parts, activation))
+        for parts in (1, 2, product.MOST_PARTS)
+        for activation in HEAVY["all"]
+    }
+    y, seed = meta(SIZE, SIZE), meta(1, dtype=torch.int64)
+    backward = launchers["linear_epilogue_backward"]
+    for activation in ("relu", *HEAVY["all"]):
+        for name, dropout in (("", None), ("-dropout", seed)):
+            found[f"epilogue-backward-{activation}{name}"] = Scenario(
+                partial(backward, y, y, dropout, activation, [], 0.1 if name else 0.0, True, True)
+            )
+    found["epilogue-backward-bias-alone"] = Scenario(
+        partial(backward, y, None, None, "identity", [], 0.0, False, True)
+    )
+    return found
+
+
+def _elementwise_scenarios() -> dict[str, Scenario]:
+    x, found = meta(SIZE, SIZE), {}
+    for name, entry in ACTIVATIONS.items():
+        parameters = list(entry.defaults)
+        # The formulas differ, the memory accesses do not: all on one chip, a few on the others.
+        chips = (80, 90, 100) if name in ("relu", *HEAVY["all"]) else (90,)
+        forward = partial(launchers["activation_forward"], x, name, parameters)
+        found[f"activation-forward-{name}"] = Scenario(forward, False, True, chips)
+        backward = partial(launchers["activation_backward"], x, x, name, parameters)
+        found[f"activation-backward-{name}"] = Scenario(backward, False, True, chips)
+    y = meta(SIZE, SIZE // 2)
+    for gate in ("sigmoid", "silu", "gelu", "gelu_tanh", "relu"):
+        found[f"glu-forward-{gate}"] = Scenario(
+            partial(launchers["glu_forward"], x, 1, gate, []), wide_only=True
+        )
+        found[f"glu-backward-{gate}"] = Scenario(
+            partial(launchers["glu_backward"], y, x, 1, gate, []), wide_only=True
+        )
+    seed = meta(1, dtype=torch.int64)
+    found["dropout-factors"] = Scenario(partial(launchers["dropout_factors"], seed, x, 0.1))
+    return found
+
+
+SCENARIOS = {**_product_scenarios(), **_linear_scenarios(), **_elementwise_scenarios()}
+
+
+def report_of(name: str, capability: int) -> Report:
+    """Capture a scenario's launch for a chip, compile it, and read its machine code."""
+    scenario = SCENARIOS[name]
+    with launch.captured(chip(capability)) as calls, launch.backend("kernels"):
+        scenario.launch()
+    return report(calls[0], capability)

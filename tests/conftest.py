@@ -1,0 +1,47 @@
+"""What every test runs under: kernels on the GPU, or through Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Read when a kernel is decorated, so before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the tests' tensors live."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_each_time() -> None:
+    torch.manual_seed(20240229)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory is NaN (integers: their largest), so an unwritten element shows."""
+    torch.use_deterministic_algorithms(True)
+    previous = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = previous  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_alone() -> Iterator[None]:
+    """No answer comes from PyTorch unless a test asks for another backend."""
+    import gpunn
+
+    with gpunn.backend("kernels"):
+        yield

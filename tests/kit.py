@@ -1,0 +1,111 @@
+"""What the tests of every operator need: dtypes, layouts, gradients, and proof of what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import gpunn
+from gpunn.kernels.interpreter import INTERPRETING
+from gpunn.kernels.launch import LaunchRecord
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+
+
+def as_numpy(tensor: torch.Tensor) -> NDArray[np.float64]:
+    """The values in float64: what a reference takes."""
+    return tensor.detach().double().cpu().numpy()
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _transposed(tensor: torch.Tensor) -> torch.Tensor:
+    return _contiguous(tensor.transpose(0, -1)).transpose(0, -1)
+
+
+def _sliced(tensor: torch.Tensor) -> torch.Tensor:
+    shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
+    gaps = tensor.new_full(shape, torch.nan)
+    gaps[..., ::2] = tensor
+    return gaps[..., ::2]
+
+
+def _shifted(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.new_full((tensor.numel() + 1,), torch.nan)
+    flat[1:] = tensor.flatten()
+    return flat[1:].view(tensor.shape)
+
+
+def _expanded_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return _contiguous(tensor[:1]).expand(tensor.shape)
+
+
+def _expanded_scalar(tensor: torch.Tensor) -> torch.Tensor:
+    return _contiguous(tensor.flatten()[:1])[0].expand(tensor.shape)
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.channels_last)
+
+
+# Name: (least and most dimensions that it is for, how it is made).
+LAYOUTS: dict[str, tuple[int, int, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "contiguous": (0, 99, _contiguous),
+    "transposed": (2, 99, _transposed),
+    "every second element": (1, 99, _sliced),
+    "not 16-byte aligned": (1, 99, _shifted),
+    "one row expanded": (2, 99, _expanded_rows),
+    "one element expanded, as sum().backward() gives": (1, 99, _expanded_scalar),
+    "channels_last": (4, 4, _channels_last),
+}
+
+
+def layouts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """``tensor`` in every layout that an input or a gradient may have.
+
+    The values are the same, except that the expanded ones repeat one row or one element; so
+    compute the reference from what is given here.
+    """
+    for name, (least, most, make) in LAYOUTS.items():
+        if least <= tensor.dim() <= most:
+            yield name, make(tensor.detach())
+
+
+def check_gradients(
+    function: Callable[..., torch.Tensor], *inputs: torch.Tensor, twice: bool = True
+) -> None:
+    """gradcheck and (``twice``) gradgradcheck of ``function`` at ``inputs``, in float64.
+
+    Only the interpreter's kernels take float64; on CUDA it is PyTorch's own, by design.
+    """
+    if not INTERPRETING:
+        pytest.skip("gradcheck needs float64, which the kernels take in the interpreter alone")
+    inputs = tuple(tensor.detach().double().cpu().requires_grad_() for tensor in inputs)
+    with gpunn.trace() as trace:
+        torch.autograd.gradcheck(function, inputs)
+    assert trace.launches, "no kernel ran"
+    assert not trace.fallbacks, trace
+    if twice:
+        torch.autograd.gradgradcheck(function, inputs)
+
+
+def launched(trace: gpunn.Trace, *operators: str) -> list[LaunchRecord]:
+    """The launches of ``operators``; fails unless each ran and nothing was left to PyTorch."""
+    assert not trace.fallbacks, f"left to PyTorch:\n{trace}"
+    missing = set(operators) - {record.operator for record in trace.launches}
+    assert not missing, f"no kernel ran for {', '.join(sorted(missing))}:\n{trace}"
+    return [record for record in trace.launches if record.operator in operators]

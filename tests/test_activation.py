@@ -1,0 +1,324 @@
+"""The activation functions: values and gradients in every dtype, range, layout and size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import gpunn
+import gpunn.functional as GF
+from closeness import assert_accurate
+from gpunn.functional.activation import TORCH
+from gpunn.kernels.activation import ACTIVATIONS
+from gpunn.kernels.elementwise import ElementwiseLaunch, activation_backward, activation_forward
+from gpunn.reference import activation as reference
+from kit import as_numpy, check_gradients, each_dtype, launched, layouts
+
+BLOCK = ElementwiseLaunch().block
+Function = Callable[..., torch.Tensor]
+
+# Every function of gpunn.functional. "identity" is none: the last test has it.
+FUNCTIONS: dict[str, Function] = {
+    name: getattr(GF, name) for name in ACTIVATIONS if name not in ("identity", "gelu_tanh")
+}
+FUNCTIONS["gelu_tanh"] = lambda x: GF.gelu(x, approximate="tanh")
+# Parameters other than the defaults, exact in bfloat16: what happens at a kink does not depend
+# on the dtype. test_limits_that_no_dtype_has is about the others.
+PARAMETERS: dict[str, tuple[float, ...]] = {
+    "leaky_relu": (0.25,),
+    "elu": (1.75,),
+    "celu": (0.625,),
+    "hardtanh": (-0.25, 0.75),
+    "softplus": (2.0, 3.0),
+    "softshrink": (0.25,),
+    "hardshrink": (0.75,),
+}
+CASES = [(name, ()) for name in FUNCTIONS] + list(PARAMETERS.items())
+each_case = pytest.mark.parametrize(
+    ("name", "parameters"), CASES, ids=[f"{name}{given or ''}" for name, given in CASES]
+)
+each_name = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def value_and_gradient(
+    function: Function, x: torch.Tensor, dy: torch.Tensor, parameters: tuple[float, ...] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = function(x, *parameters)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    return y, dx
+
+
+def assert_both_accurate(
+    name: str, x: torch.Tensor, dy: torch.Tensor, parameters: tuple[float, ...] = ()
+) -> None:
+    """Value and gradient of ``name`` at x are right, and our kernels computed them."""
+    given = parameters or ACTIVATIONS[name].defaults
+    with gpunn.trace() as trace:
+        y, dx = value_and_gradient(FUNCTIONS[name], x, dy, parameters)
+    launched(trace, "activation_forward", "activation_backward")
+    torch_y, torch_dx = value_and_gradient(TORCH[name], x, dy, given)
+    exact_y = reference.activation_forward(as_numpy(x), name, *given)
+    exact_dx = reference.activation_backward(as_numpy(dy), as_numpy(x), name, *given)
+    assert_accurate(y, exact_y, torch_y, f"{name}: y")
+    assert_accurate(dx, exact_dx, torch_dx, f"{name}: dx")
+
+
+def drawn(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers on both sides of every kink."""
+    return (3 * torch.randn(shape)).to(device, dtype)
+
+
+def random_gradient(x: torch.Tensor) -> torch.Tensor:
+    return torch.randn(x.shape).to(x)
+
+
+@each_dtype
+@each_case
+def test_value_and_gradient(
+    name: str, parameters: tuple[float, ...], dtype: torch.dtype, device: str
+) -> None:
+    x = drawn((5, 67), device, dtype)
+    assert_both_accurate(name, x, random_gradient(x), parameters)
+
+
+@each_dtype
+@pytest.mark.parametrize("size", [100.0, 1e4])
+@each_name
+def test_large_numbers(name: str, size: float, dtype: torch.dtype, device: str) -> None:
+    x = torch.linspace(-size, size, 301, device=device).to(dtype)
+    assert_both_accurate(name, x, random_gradient(x))
+
+
+@each_dtype
+@each_name
+def test_tiny_numbers(name: str, dtype: torch.dtype, device: str) -> None:
+    """1e-4: where exp(x) - 1 and the like cancel."""
+    x = torch.linspace(-1e-4, 1e-4, 301, device=device).to(dtype)
+    dy = random_gradient(x)
+    if name not in ("softshrink", "hardshrink", "tanhshrink"):
+        assert_both_accurate(name, x, dy)
+        return
+    y, dx = value_and_gradient(FUNCTIONS[name], x, dy)  # the truth is all but zero
+    if name == "tanhshrink":
+        assert (y.abs() <= 1e-4 * torch.finfo(dtype).eps).all()
+        assert ((dx - dy * x * x).abs() <= 1e-8).all()
+    else:
+        assert torch.equal(y, torch.zeros_like(x))
+        assert torch.equal(dx, torch.zeros_like(x))
+
+
+# Their gradient is that of the rounded output, y + alpha: less exact than PyTorch's, which is that
+# of the input, where y is close to -alpha. They stay within the rule where there are other values.
+FROM_ROUNDED_OUTPUT = ("celu", "elu", "selu")
+FLAT = ("relu", "relu6", "hardtanh", "hardsigmoid", "hardswish")
+TAIL = [name for name in FUNCTIONS if name not in FROM_ROUNDED_OUTPUT + FLAT]
+
+
+@each_dtype
+@pytest.mark.parametrize("name", TAIL)
+def test_negative_tail(name: str, dtype: torch.dtype, device: str) -> None:
+    """From -4 to -2, where there is no large value to hide an error behind."""
+    x = torch.linspace(-4, -2, 301, device=device).to(dtype)
+    assert_both_accurate(name, x, random_gradient(x))
+
+
+# Where PyTorch may give NaN although there is a limit, and what the kernels give there.
+LIMITS = {
+    ("gelu", "y", torch.inf): torch.inf,
+    ("softsign", "dx", torch.inf): 0.0,
+    ("softsign", "dx", -torch.inf): 0.0,
+}
+
+
+@each_dtype
+@each_name
+def test_infinities_nans_and_extremes(name: str, dtype: torch.dtype, device: str) -> None:
+    most, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    special = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, most, -most, least, -least, least / 4]
+    x = torch.tensor(special, device=device, dtype=dtype)
+    dy = torch.full_like(x, 0.75)
+    got = value_and_gradient(FUNCTIONS[name], x, dy)
+    torchs = value_and_gradient(TORCH[name], x, dy, ACTIVATIONS[name].defaults)
+    eps = torch.finfo(dtype).eps
+    near_zero = eps if name in FROM_ROUNDED_OUTPUT else least  # below it, either may flush to 0
+    for ours, theirs, what in zip(got, torchs, ("y", "dx"), strict=True):
+        for at, a, b in zip(special, ours.tolist(), theirs.tolist(), strict=True):
+            expected = LIMITS.get((name, what, at), b)
+            close = abs(a - expected) <= max(4 * eps * abs(expected), near_zero)
+            same = a == expected or (a != a and expected != expected) or close
+            assert same, f"{what} at {at}: {a}, expected {expected}, PyTorch's is {b}"
+
+
+@each_name
+def test_gradients_once_and_twice(name: str) -> None:
+    x = torch.tensor([-4.1, -1.7, -0.21, 0.12, 0.7, 7.5])
+    check_gradients(FUNCTIONS[name], x)
+
+
+@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
+def test_gradients_with_parameters(name: str, parameters: tuple[float, ...]) -> None:
+    x = torch.tensor([-1.7, -0.21, 0.12, 0.72, 1.9])
+    check_gradients(lambda x: FUNCTIONS[name](x, *parameters), x)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu"], ids=["saves its output", "saves its input"])
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 4, 5)], ids=str)
+def test_layouts(name: str, shape: tuple[int, ...], device: str) -> None:
+    """Every layout of the input with every layout of the gradient."""
+    base = torch.randn(shape, device=device)
+    base.view(-1)[0] = 1.25  # what the expanded layouts repeat
+    for of_x, x in layouts(base):
+        for of_dy, dy in layouts(torch.randn(shape, device=device)):
+            y, dx = value_and_gradient(FUNCTIONS[name], x, dy)
+            exact = reference.activation_forward(as_numpy(x), name)
+            exact_dx = reference.activation_backward(as_numpy(dy), as_numpy(x), name)
+            torch_y, torch_dx = value_and_gradient(TORCH[name], x, dy)
+            assert_accurate(y, exact, torch_y, f"y, x {of_x}")
+            assert_accurate(dx, exact_dx, torch_dx, f"dx, x {of_x}, dy {of_dy}")
+
+
+def test_memory_format_is_kept(device: str) -> None:
+    x = torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    y, dx = value_and_gradient(GF.silu, x, torch.randn(2, 3, 4, 5, device=device))
+    assert y.stride() == x.stride()
+    assert dx.stride() == x.stride()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((), id="no dimensions"),
+        pytest.param((1,), id="one element"),
+        pytest.param((7, 13), id="odd"),
+        pytest.param((BLOCK - 1,), id="the last element of a block is masked"),
+        pytest.param((BLOCK,), id="no element of a block is masked"),
+        pytest.param((BLOCK + 1,), id="a second program has one element"),
+    ],
+)
+def test_sizes(shape: tuple[int, ...], device: str) -> None:
+    x = 1 + torch.rand(shape, device=device)
+    assert_both_accurate("tanh", x, random_gradient(x))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2)], ids=str)
+def test_no_elements(shape: tuple[int, ...], device: str) -> None:
+    x = torch.empty(shape, device=device)
+    y, dx = value_and_gradient(GF.mish, x, torch.empty(shape, device=device))
+    assert y.shape == dx.shape == shape
+
+
+@each_name
+def test_backward_twice_and_nothing_is_overwritten(name: str, device: str) -> None:
+    x, dy = torch.randn(50, device=device), torch.randn(50, device=device)
+    x.requires_grad_()
+    before = x.detach().clone(), dy.clone()
+    y = FUNCTIONS[name](x)
+    kept = y.detach().clone()
+    (first,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(first, second)
+    assert torch.equal(x, before[0])
+    assert torch.equal(dy, before[1])
+    assert torch.equal(y, kept)
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.7, 0.1])
+@each_dtype
+def test_limits_that_no_dtype_has(limit: float, dtype: torch.dtype, device: str) -> None:
+    """hardtanh's output, clamped to 0.7, is 0.6992 in bfloat16: below the limit, still clamped."""
+    x = torch.tensor([-5.0, -1.0, 0.0, 0.0625, 1.0, 5.0], device=device, dtype=dtype)
+    y, dx = value_and_gradient(GF.hardtanh, x, torch.ones_like(x), (-limit, limit))
+    assert dx.tolist() == [0, 0, 1, 1, 0, 0]
+    assert y.tolist() == x.clamp(-limit, limit).tolist()
+
+
+@pytest.mark.parametrize(
+    "name", "relu relu6 leaky_relu elu celu selu hardsigmoid hardtanh silu hardswish mish".split()
+)
+def test_in_place_is_torchs(name: str, device: str) -> None:
+    x = torch.randn(20, device=device)
+    with pytest.raises(RuntimeError, match=rf"{name}: .* inplace=True"):
+        FUNCTIONS[name](x, inplace=True)
+    expected = TORCH[name](x, *ACTIVATIONS[name].defaults)
+    with gpunn.backend("auto"), gpunn.trace() as trace:
+        y = FUNCTIONS[name](x, inplace=True)
+    assert y is x
+    assert torch.equal(x, expected)
+    assert [record.reason for record in trace.fallbacks] == ["inplace=True"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "refused"),
+    [
+        ("celu", {"alpha": 0.0}, RuntimeError),
+        ("softshrink", {"lambd": -0.5}, RuntimeError),
+        ("hardtanh", {"min_val": 1.0, "max_val": -1.0}, ValueError),
+        ("gelu", {"approximate": "exact"}, RuntimeError),
+    ],
+)
+def test_refused_as_torch_refuses(
+    name: str, arguments: dict[str, object], refused: type[Exception], device: str
+) -> None:
+    x = torch.randn(4, device=device)
+    with pytest.raises(refused):
+        getattr(torch.nn.functional, name)(x, **arguments)
+    with pytest.raises(refused, match=f"^{next(iter(arguments))}: .*got"):
+        getattr(GF, name)(x, **arguments)
+
+
+def test_only_tensors() -> None:
+    with pytest.raises(TypeError, match="input: tanh expects a tensor, got float"):
+        GF.tanh(1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["leaky_relu", "elu", "celu"])
+def test_a_negative_parameter_goes_to_torch(name: str, device: str) -> None:
+    """The sign of such an output does not tell that of the input."""
+    x, dy = torch.randn(30, device=device), torch.randn(30, device=device)
+    with gpunn.backend("auto"), gpunn.trace() as trace:
+        got = value_and_gradient(FUNCTIONS[name], x, dy, (-0.5,))
+    expected = value_and_gradient(TORCH[name], x, dy, (-0.5,))
+    assert all(map(torch.equal, got, expected))
+    assert not trace.launches
+    assert [record.reason for record in trace.fallbacks] == ["no kernel for the parameters (-0.5,)"]
+    with pytest.raises(RuntimeError, match="no kernel for the parameters"):
+        FUNCTIONS[name](x, -0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
+def test_integers_go_to_torch(dtype: torch.dtype, device: str) -> None:
+    x = torch.tensor([0, 1], device=device).to(dtype)
+    with gpunn.backend("auto"), gpunn.trace() as trace:
+        assert torch.equal(GF.sigmoid(x), torch.sigmoid(x))
+    assert trace.fallbacks[0].reason == f"no kernel for {dtype} on {device}"
+
+
+@each_dtype
+@each_name
+def test_autocast_as_torch(name: str, dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(8, device=device).to(dtype)
+    with torch.autocast(device, torch.bfloat16):
+        y, expected = FUNCTIONS[name](x), TORCH[name](x, *ACTIVATIONS[name].defaults)
+    assert y.dtype == expected.dtype
+
+
+def test_compiles_without_a_graph_break(device: str) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return GF.hardswish(GF.leaky_relu(GF.gelu(x, approximate="tanh"), 0.2))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x, dy = torch.randn(4, 9, device=device), torch.randn(4, 9, device=device)
+    with gpunn.trace() as trace:
+        got = value_and_gradient(compiled, x, dy)
+    launched(trace, "activation_forward", "activation_backward")
+    assert all(map(torch.equal, got, value_and_gradient(function, x, dy)))
+
+
+def test_identity(device: str) -> None:
+    """Only an epilogue of other kernels; here from the launchers."""
+    x, dy = torch.randn(9, device=device), torch.randn(9, device=device)
+    assert torch.equal(activation_forward(x, "identity", []), x)
+    assert torch.equal(activation_backward(dy, x, "identity", []), dy)

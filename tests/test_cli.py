@@ -1,0 +1,268 @@
+"""The command line: doctor, check and profile, and that check fails when it should."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import gpunn
+import gpunn.functional as GF
+from gpunn import check, doctor
+from gpunn.check import Check, Comparison, Row
+from gpunn.cli import main
+from gpunn.kernels.activation import ACTIVATIONS
+from gpunn.kernels.launch import record_fallback
+
+ROOT = Path(gpunn.__file__).resolve().parent.parent
+Capture = pytest.CaptureFixture[str]
+
+
+def rows_of(output: str) -> dict[tuple[str, ...], str]:
+    """The printed table, by op, case and dtype: the verdict."""
+    lines = output.splitlines()
+    header = next(line for line in lines if line.startswith("op "))
+    starts = [header.index(title) for title in check.HEADER]
+    ends = [*starts[1:], None]
+    cells = [
+        [line[a:b].strip() for a, b in zip(starts, ends, strict=True)]
+        for line in lines[lines.index(header) + 1 : -2]
+    ]
+    return {tuple(row[:3]): row[5] for row in cells}
+
+
+@pytest.fixture
+def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only relu's, so that a test of the machinery is quick."""
+    relu = [c for c in check.checks_of("activation") if c.case == "relu"]
+    monkeypatch.setattr(check, "CHECKS", {"activation": relu})
+
+
+@pytest.fixture
+def fresh_verdicts() -> Iterator[None]:
+    check.is_green.cache_clear()
+    yield
+    check.is_green.cache_clear()
+
+
+# --- check ---
+
+
+def test_check_passes_and_its_table_has_everything(capsys: Capture) -> None:
+    assert main(["check"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert set(rows.values()) == {"ok"}
+    files = {path.stem for path in Path(GF.__file__).parent.glob("*.py")}
+    assert {op for op, _, _ in rows} == files - {"__init__", "dispatch"}
+    named = {op for op, _, _ in rows} | {case for _, case, _ in rows}
+    assert set(GF.__all__) <= named
+    assert set(ACTIVATIONS) <= named
+    assert {dtype for _, _, dtype in rows} == {"float32", "float16", "bfloat16"}
+    assert len(rows) == 3 * sum(map(len, check.CHECKS.values()))
+
+
+def test_check_of_one_op_has_only_that(capsys: Capture) -> None:
+    assert main(["check", "glu"]) == 0
+    assert {op for op, _, _ in rows_of(capsys.readouterr().out)} == {"glu"}
+
+
+def test_check_finds_its_way_without_a_gpu() -> None:
+    """In a process of its own, which has to start another to interpret the kernels."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gpunn", "check", "glu"],
+        env=environment, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "15 of 15 checks passed" in done.stdout
+    assert ("Triton's interpreter" in done.stdout) == (not torch.cuda.is_available())
+
+
+def test_unknown_op_is_refused(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["check", "glu", "softmux"])
+    assert refused.value.code == 2
+    assert "unknown op 'softmux'; known are activation, glu, linear" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="op: unknown name 'softmux'; allowed are activation"):
+        check.checks_of("softmux")
+
+
+@pytest.mark.parametrize(("broken", "other"), [("forward", "silu"), ("gradient", "sigmoid")])
+def test_a_wrong_kernel_fails_its_row(
+    broken: str,
+    other: str,
+    few_checks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    wrong: dict[str, Any] = {broken: getattr(ACTIVATIONS[other], broken)}
+    monkeypatch.setitem(ACTIVATIONS, "relu", dataclasses.replace(ACTIVATIONS["relu"], **wrong))
+    assert main(["check", "activation"]) == 1
+    output = capsys.readouterr().out
+    rows = rows_of(output)
+    assert len(rows) == 3
+    for verdict in rows.values():
+        assert re.fullmatch("FAIL: (y|dx): the error is larger than allowed", verdict)
+        assert broken == "forward" or "dx" in verdict
+    assert "0 of 3 checks passed" in output
+
+
+def test_a_fallback_fails_its_row(few_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = GF.relu
+
+    def partly(x: torch.Tensor) -> torch.Tensor:
+        record_fallback("relu", "it was Tuesday")
+        return ours(x)
+
+    monkeypatch.setattr(GF, "relu", partly)
+    assert {row.verdict for row in check.run_checks()} == {
+        "FAIL: relu was left to PyTorch: it was Tuesday"
+    }
+    monkeypatch.setattr(GF, "relu", torch.relu)
+    assert {row.verdict for row in check.run_checks()} == {"FAIL: no kernel ran"}
+
+
+def test_a_kernel_that_does_not_run_fails_its_row(
+    few_checks: None, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of\nresource: shared memory")
+
+    wanted = dataclasses.replace(check.checks_of("activation")[0], kernels=("split_kernel",))
+    assert (
+        check.run_check(wanted, torch.float32, device).verdict == "FAIL: split_kernel did not run"
+    )
+    monkeypatch.setattr(GF, "relu", broken)
+    row = check.run_checks()[0]
+    assert row.verdict == "FAIL: RuntimeError: out of resource: shared memory"
+    assert not row.ok
+
+
+def test_a_check_that_shows_nothing_fails_its_row(device: str) -> None:
+    def vacuous(dtype: torch.dtype, device: str) -> list[Comparison]:
+        zeros = GF.relu(torch.zeros(3, dtype=dtype, device=device))
+        return [("y", zeros, np.zeros(3), zeros)]
+
+    row = check.run_check(Check("relu", "zeros", vacuous), torch.float32, device)
+    assert row.verdict.startswith("FAIL: y: the largest exact value is 0.0e+00")
+
+
+def test_checking_leaves_the_random_numbers_alone(few_checks: None) -> None:
+    torch.manual_seed(1)
+    expected = torch.randn(3)
+    torch.manual_seed(1)
+    check.run_checks()
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_check_without_rich(
+    few_checks: None, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    assert main(["check"]) == 0
+    assert len(rows_of(capsys.readouterr().out)) == 3
+
+
+# --- is_green, for gpunn profile ---
+
+
+def test_is_green(few_checks: None, fresh_verdicts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check.is_green("activation")
+    monkeypatch.setattr(GF, "relu", torch.relu)
+    assert check.is_green("activation"), "found out once"
+    check.is_green.cache_clear()
+    assert not check.is_green("activation")
+    with pytest.raises(ValueError, match="unknown name 'softmux'"):
+        check.is_green("softmux")
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_is_green_in_a_process_that_runs_no_kernels(
+    status: int, fresh_verdicts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def run(arguments: object, quiet: bool) -> int:
+        asked.append(arguments)
+        return status
+
+    monkeypatch.setattr(check, "kernels_run_here", lambda: False)
+    monkeypatch.setattr(check, "interpreted", run)
+    assert check.is_green("glu") == (status == 0)
+    assert asked == [["check", "glu"]]
+
+
+# --- doctor, profile, and the rest ---
+
+
+def test_doctor_says_what_is_here(capsys: Capture) -> None:
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split()[0]: line for line in lines if line.startswith("  ") and line.split()}
+    assert {"CPU", "Python", "gpunn", "torch", "triton", "numpy", "cupy", "C++"} <= set(found)
+    assert found["torch"].split()[1] == torch.__version__
+    assert found["gpunn"].split()[1] == gpunn.__version__
+    way = "on the GPU" if torch.cuda.is_available() else "through Triton's interpreter, on the CPU"
+    for op in check.CHECKS:
+        assert found[op].endswith(way), found[op]
+    assert any(line.startswith("  GPU") for line in lines)
+
+
+def test_doctor_runs_kernels_in_another_process() -> None:
+    assert doctor.interpreted_attempts() == dict.fromkeys(check.CHECKS, "ok")
+
+
+def test_doctor_says_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "kernels_run_here", lambda: False)
+    monkeypatch.setattr(doctor, "ATTEMPT", "raise SystemExit('no numpy today')")
+    for op, (name, way) in zip(check.CHECKS, doctor.kernels(), strict=False):
+        assert (name, way) == (op, "not at all: FAIL: no numpy today")
+
+
+def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert 'pip install "gpunn[cuda1' in doctor.version_of("cupy")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert doctor.compiler().startswith("none")
+
+
+def test_profile_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("ops", nargs="*")
+
+    def run(arguments: argparse.Namespace) -> int:
+        asked.append(arguments.ops)
+        return 7
+
+    command = SimpleNamespace(add_arguments=add_arguments, run=run)
+    monkeypatch.setitem(sys.modules, "gpunn.profiling.command", command)
+    assert main(["profile", "linear"]) == 7
+    assert asked == [["linear"]]
+
+
+def test_a_command_is_needed(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main([])
+    assert refused.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_row_cells_are_the_headers() -> None:
+    row = Row("glu", "swiglu", "float16", 1.2e-3, 2e-2, "ok")
+    assert dict(zip(check.HEADER, row.cells(), strict=True)) == {
+        "op": "glu", "case": "swiglu", "dtype": "float16",
+        "error": "1.2e-03", "allowed": "2.0e-02", "verdict": "ok",
+    }  # fmt: skip

@@ -1,0 +1,239 @@
+"""gpunn.nn and gpunn.functional stand in for torch's: names, arguments, state_dict, numbers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpunn
+import gpunn.functional as GF
+import gpunn.nn
+from gpunn.kernels.launch import Backend
+
+CONTAINERS = {
+    name for name in gpunn.nn.__all__ if getattr(torch.nn, name, 0) is getattr(gpunn.nn, name)
+}
+LAYERS = sorted(set(gpunn.nn.__all__) - CONTAINERS)
+NAMESAKES = [name for name in LAYERS if hasattr(torch.nn, name)]
+FUNCTIONS = [n for n in GF.__all__ if hasattr(F, n) or hasattr(torch, n)]
+
+# Arguments other than the defaults, for the layers that have any.
+ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
+    "CELU": [(0.5,)],
+    "ELU": [(0.5,)],
+    "GELU": [("tanh",)],
+    "GLU": [(0,)],
+    "Hardshrink": [(0.25,)],
+    "Hardtanh": [(-0.5, 0.25)],
+    "LeakyReLU": [(0.25,)],
+    "Linear": [(6, 5, False), (6, 5)],
+    "Softplus": [(2.0, 1.0)],
+    "Softshrink": [(0.25,)],
+}
+
+
+def signatures_of(name: str, ours: Any, theirs: Any) -> None:
+    """Ours takes torch's parameters, in torch's order and with its defaults; more by keyword."""
+    expected = list(inspect.signature(theirs).parameters.values())
+    got = list(inspect.signature(ours).parameters.values())
+    for mine, other in zip(got, expected, strict=False):
+        assert mine.name == other.name, f"{name}: {mine} instead of {other}"
+        assert mine.default == other.default, f"{name}: {mine} instead of {other}"
+    assert len(got) >= len(expected), name
+    for extra in got[len(expected) :]:
+        assert extra.kind is inspect.Parameter.KEYWORD_ONLY, f"{name}: {extra}"
+
+
+def test_the_containers_are_torchs_and_nothing_else_is() -> None:
+    assert {
+        "Flatten", "Identity", "Module", "ModuleDict", "ModuleList", "Parameter",
+        "ParameterDict", "ParameterList", "Sequential", "Unflatten",
+    } == CONTAINERS  # fmt: skip
+    assert len(NAMESAKES) > 20
+    for name in LAYERS:
+        assert getattr(gpunn.nn, name).__module__.startswith("gpunn.nn.")
+
+
+@pytest.mark.parametrize("name", NAMESAKES)
+def test_layer_signature(name: str) -> None:
+    ours, theirs = getattr(gpunn.nn, name), getattr(torch.nn, name)
+    assert issubclass(ours, theirs)
+    signatures_of(name, ours, theirs)
+    assert "forward" in vars(ours)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_signature(name: str) -> None:
+    ours, theirs = getattr(GF, name), getattr(F, name, None) or getattr(torch, name)
+    assert ours is not theirs
+    if name in BUILTINS:
+        got = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
+        assert list(got.items())[1 : 1 + len(BUILTINS[name])] == list(BUILTINS[name].items())
+    else:
+        signatures_of(name, ours, theirs)
+
+
+# Functions of torch's that are builtins and have no signature to read: what follows the first
+# argument, from torch's documentation.
+BUILTINS: dict[str, dict[str, Any]] = {
+    "gelu": {"approximate": "none"},
+    "hardshrink": {"lambd": 0.5},
+    "linear": {"weight": inspect.Parameter.empty, "bias": None},
+    "logsigmoid": {},
+    "sigmoid": {},
+    "softplus": {"beta": 1, "threshold": 20},
+    "softshrink": {"lambd": 0.5},
+    "tanh": {},
+}
+
+LAYER_CASES = [
+    (name, arguments)
+    for name in NAMESAKES
+    for arguments in [*ARGUMENTS.get(name, []), *([] if name == "Linear" else [()])]
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), LAYER_CASES, ids=str)
+@pytest.mark.parametrize("choice", ["kernels", "torch"])
+def test_layer_is_interchangeable(
+    name: str, arguments: tuple[Any, ...], choice: Backend, device: str
+) -> None:
+    """Same parameters, same state_dict both ways, same numbers, and a copy works as well."""
+    torch.manual_seed(0)
+    ours = getattr(gpunn.nn, name)(*arguments).to(device)
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(*arguments).to(device)
+    state = theirs.state_dict()
+    assert list(ours.state_dict()) == list(state)
+    assert all(torch.equal(ours.state_dict()[key], state[key]) for key in state)
+    ours.load_state_dict(state)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 6, device=device)
+    expected = theirs(x)
+    with gpunn.backend(choice):
+        torch.testing.assert_close(ours(x), expected)
+        torch.testing.assert_close(copy.deepcopy(ours)(x), expected)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(ours))(x), expected)
+    assert repr(ours) == repr(theirs)
+
+
+def test_linear_with_its_fused_parts(device: str) -> None:
+    layer = gpunn.nn.Linear(6, 5, activation=("leaky_relu", 0.2), dropout_p=0.5).to(device)
+    plain = torch.nn.Linear(6, 5).to(device)
+    plain.load_state_dict(layer.state_dict())
+    x, residual = torch.randn(4, 6, device=device), torch.randn(4, 5, device=device)
+    expected = F.leaky_relu(plain(x), 0.2)
+    torch.testing.assert_close(layer.eval()(x, residual), expected + residual)
+    dropped = layer.train()(x)
+    assert (dropped == 0).any()
+    torch.testing.assert_close(dropped[dropped != 0], 2 * expected[dropped != 0])
+    assert "activation=('leaky_relu', 0.2), dropout_p=0.5" in repr(layer)
+    with pytest.raises(ValueError, match=r"activation.*'rleu'"):
+        gpunn.nn.Linear(6, 5, activation="rleu")
+    with pytest.raises(ValueError, match=r"dropout_p.*2"):
+        gpunn.nn.Linear(6, 5, dropout_p=2)
+
+
+def model() -> torch.nn.Sequential:
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
+    )
+
+
+def test_accelerate_and_restore(device: str) -> None:
+    net = model().to(device)
+    x = torch.randn(4, 6, device=device)
+    expected, state = net(x), {k: v.clone() for k, v in net.state_dict().items()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    record = gpunn.accelerate(net)
+    assert set(record.replaced) == {"0", "1", "3"}
+    assert set(record.kept) == {"2"}
+    assert "LayerNorm" in str(record)
+    assert type(net[0]) is gpunn.nn.Linear
+    with gpunn.trace() as trace:
+        torch.testing.assert_close(net(x), expected)
+    assert {r.operator for r in trace.launches} == {"linear_forward", "activation_forward"}
+    net(x).sum().backward()
+    optimizer.step()
+    assert not torch.equal(net[0].weight, state["0.weight"])
+    net.load_state_dict(state)
+    restored = gpunn.restore(net)
+    assert set(restored.replaced) == {"0", "1", "3"}
+    assert all(type(layer).__module__.startswith("torch") for layer in net)
+    assert torch.equal(net(x), expected)
+
+
+def test_accelerate_leaves_subclasses_and_restore_leaves_fused_layers() -> None:
+    class Special(torch.nn.Linear):
+        pass
+
+    net = torch.nn.Sequential(Special(2, 2), gpunn.nn.Linear(2, 2, activation="relu"))
+    assert not gpunn.accelerate(net).replaced
+    assert not gpunn.restore(net).replaced
+    assert type(net[0]) is Special
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.func's own
+def test_symbolic_tracing_and_function_transforms() -> None:
+    """What works on torch's functions works on these: torch.fx, torch.func, forward mode."""
+    net = gpunn.nn.Sequential(
+        gpunn.nn.Linear(4, 6, activation="relu", dropout_p=0.5), gpunn.nn.GLU(), gpunn.nn.GELU()
+    ).eval()
+    x = torch.randn(3, 4)
+    with gpunn.backend("auto"):
+        torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+        gradients = torch.func.vmap(torch.func.grad(lambda x: net(x).sum()))(x)
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(gradients, torch.autograd.grad(net(leaf).sum(), leaf)[0])
+        tangent = torch.func.jvp(net, (x,), (x,))[1]
+        with torch.autograd.forward_ad.dual_level():
+            dual = net(torch.autograd.forward_ad.make_dual(x, x))
+            assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+
+
+def test_a_traced_model_keeps_its_dropout() -> None:
+    net = torch.fx.symbolic_trace(gpunn.nn.Sequential(gpunn.nn.Linear(4, 400, dropout_p=0.5)))
+    assert 0.3 < (net(torch.ones(1, 4)) == 0).double().mean() < 0.7
+
+
+def test_other_devices_and_dtypes_are_torchs(device: str) -> None:
+    sparse = torch.tensor([[0.0, -1.0]], device=device).to_sparse()
+    ones = torch.ones(2, 3, device=device)
+    with gpunn.backend("auto"), gpunn.trace() as trace:
+        assert GF.relu(torch.tensor([-1, 2], device=device)).tolist() == [0, 2]
+        assert GF.linear(torch.ones(2, 3, device="meta"), torch.ones(4, 3, device="meta")).is_meta
+        assert GF.relu(sparse).to_dense().tolist() == [[0, 0]]
+        assert GF.linear(ones, torch.ones(3, device=device)).tolist() == [3, 3]
+    assert [f.reason for f in trace.fallbacks] == [
+        f"no kernel for torch.int64 on {device}",
+        "meta tensor",
+        "torch.sparse_coo tensor",
+        "the weight is a vector",
+    ]
+
+
+def test_data_parallel_training_gives_the_gradients_of_one_process(device: str) -> None:
+    """DistributedDataParallel over gloo, one process: hooks and buckets work on gpunn's layers."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        pytest.skip("this build of torch has no torch.distributed")
+    dist.init_process_group(
+        "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+    )
+    try:
+        net = gpunn.nn.Sequential(gpunn.nn.Linear(4, 8, activation="gelu"), gpunn.nn.Linear(8, 2))
+        wrapped = torch.nn.parallel.DistributedDataParallel(net.to(device))
+        x, dy = torch.randn(5, 4, device=device), torch.randn(5, 2, device=device)
+        expected = torch.autograd.grad(net(x), list(net.parameters()), dy)
+        wrapped(x).backward(dy)
+        for parameter, gradient in zip(net.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,168 @@
+"""Triton's interpreter with bfloat16 mended, and whether the mend is still needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from gpunn.kernels.interpreter import (
+    INTERPRETING,
+    bfloat16_to_float32,
+    float32_to_bfloat16,
+)
+from gpunn.kernels.launch import Launch, run
+from kit import short_name
+
+in_the_interpreter = pytest.mark.skipif(
+    not INTERPRETING, reason="the kernels run on the GPU here, not in Triton's interpreter"
+)
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    """c = a b, all (SIZE, SIZE), c in float32."""
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+
+@triton.jit
+def convert_kernel(x_ptr, y_ptr, n_elements, BLOCK: tl.constexpr):
+    """y = x, in y's type."""
+    index = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index, mask=index < n_elements, other=0)
+    tl.store(y_ptr + index, x.to(y_ptr.dtype.element_ty), mask=index < n_elements)
+
+
+def converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=dtype)
+    block = triton.next_power_of_2(x.numel())
+    run("test", convert_kernel, (1,), x, y, x.numel(), launch=Launch(), BLOCK=block)
+    return y
+
+
+def awkward_float32() -> torch.Tensor:
+    """Random bit patterns, ties between two bfloat16, and the extremes."""
+    generator = np.random.default_rng(0)
+    patterns = generator.integers(0, 2**32, 20_000, dtype=np.uint32)
+    ties = (generator.integers(0, 2**16, 4_000, dtype=np.uint32) << 16) + 0x8000
+    special = [0, 1, 0x7FFF, 0x8000, 0x8001, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F7FFFFF]
+    special += [0x7F7F7FFF, 0x7F7F8000, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF]
+    bits = np.concatenate([patterns, ties, np.array(special, dtype=np.uint32)])
+    return torch.from_numpy(bits.view(np.float32))
+
+
+def test_rounding_is_torchs() -> None:
+    values = awkward_float32()
+    expected = values.to(torch.bfloat16)
+    got = torch.from_numpy(float32_to_bfloat16(values.numpy()).view(np.int16))
+    is_nan = values.isnan()
+    assert is_nan.any()
+    assert torch.equal(got[~is_nan], expected.view(torch.int16)[~is_nan])
+    assert got.view(torch.bfloat16)[is_nan].isnan().all()
+
+
+def test_widening_is_torchs() -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
+    assert np.array_equal(bfloat16_to_float32(bits), expected, equal_nan=True)
+
+
+@in_the_interpreter
+def test_dot_of_bfloat16() -> None:
+    a, b = torch.randn(2, 16, 16).bfloat16().unbind()
+    c = torch.empty(16, 16)
+    run("test", dot_kernel, (1,), a, b, c, launch=Launch(), SIZE=16)
+    torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.float64], ids=short_name)
+def test_conversion_to_bfloat16(source: torch.dtype) -> None:
+    x = awkward_float32()[-4000:].to(source)
+    torch.testing.assert_close(
+        converted(x, torch.bfloat16), x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.float64], ids=short_name)
+def test_conversion_from_bfloat16(target: torch.dtype) -> None:
+    x = awkward_float32()[-4000:].bfloat16()
+    torch.testing.assert_close(converted(x, target), x.to(target), rtol=0, atol=0, equal_nan=True)
+
+
+@in_the_interpreter
+def test_conversion_of_integers_to_bfloat16() -> None:
+    x = torch.tensor([-(2**20) - 1, -3, 0, 1, 255, 257, 2**24])
+    assert torch.equal(converted(x, torch.bfloat16), x.to(torch.bfloat16))
+
+
+UNMENDED = """
+import json, warnings
+warnings.simplefilter("ignore")
+import torch, triton, triton.language as tl
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+@triton.jit
+def convert_kernel(x_ptr, y_ptr):
+    tl.store(y_ptr, tl.load(x_ptr).to(y_ptr.dtype.element_ty))
+
+def dot():
+    a, b, c = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16(), torch.zeros(16, 16)
+    dot_kernel[(1,)](a, b, c, SIZE=16)
+    return torch.allclose(c, a.float() @ b.float(), rtol=1e-3, atol=1e-3)
+
+def conversion(dtype):
+    x, y = torch.tensor([1.01171875], dtype=dtype), torch.zeros(1, dtype=torch.bfloat16)
+    convert_kernel[(1,)](x, y)
+    return torch.equal(y, x.bfloat16())
+
+def right(check, *arguments):
+    try:
+        return bool(check(*arguments))
+    except Exception:
+        return False
+
+print(json.dumps({
+    "dot": right(dot),
+    "float32": right(conversion, torch.float32),
+    "float16": right(conversion, torch.float16),
+    "float64": right(conversion, torch.float64),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def unmended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
+    """What Triton's own interpreter gets right, without gpunn."""
+    script = tmp_path_factory.mktemp("unmended") / "unmended.py"  # Triton reads the source
+    script.write_text(UNMENDED)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("part", ["dot", "float32", "float16", "float64"])
+def test_the_mend_is_still_needed(part: str, unmended: dict[str, bool]) -> None:
+    assert not unmended[part], (
+        f"the mend is no longer needed: Triton {triton.__version__} itself is right about "
+        f"bfloat16 in {'tl.dot' if part == 'dot' else f'conversions from {part}'}; once every "
+        "supported version is, remove that part of kernels/interpreter.py"
+    )

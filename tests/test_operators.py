@@ -1,0 +1,34 @@
+"""Every registered op keeps torch's contract: schema, fake implementation, tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gpunn.functional  # noqa: F401  (registers the ops)
+from gpunn.kernels.launch import launchers
+
+
+def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """Arguments for every registered op, of which none requires a gradient."""
+    x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
+    bias, residual = torch.randn(8, device=device), torch.randn(6, 8, device=device)
+    seed = torch.randint(2**62, (1,), device=device)
+    wide = torch.randn(4, 6, device=device)
+    return {
+        "activation_forward": (x, "gelu", []),
+        "activation_backward": (x, x, "gelu", []),
+        "glu_forward": (wide, 1, "silu", []),
+        "glu_backward": (wide[:, :3], wide, 1, "silu", []),
+        "dropout_factors": (seed, x, 0.5),
+        "linear_forward": (x, weight, bias, residual, seed, "gelu", [], 0.5, True),
+        "linear_epilogue_backward": (residual, residual, seed, "gelu", [], 0.5, True, True),
+        "linear_input_gradient": (residual, weight),
+        "linear_weight_gradient": (residual, x),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(launchers))
+def test_every_registered_op_passes_opcheck(name: str, device: str) -> None:
+    arguments = opcheck_arguments(device)[name]
+    torch.library.opcheck(getattr(torch.ops.gpunn, name).default, arguments)
