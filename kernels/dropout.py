@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.elementwise import ElementwiseLaunch
-from gpunn.kernels.launch import operator, run
+from gpunn.kernels.launch import cdiv, operator, run
 from gpunn.kernels.philox import dropout_arguments, dropout_factor
 
 
@@ -44,7 +44,7 @@ def dropout_factors(seed: torch.Tensor, like: torch.Tensor, dropout_p: float) ->
         run(
             "dropout_factors",
             dropout_factors_kernel,
-            (triton.cdiv(factors.numel(), launch.block),),
+            (cdiv(factors.numel(), launch.block),),
             seed,
             factors,
             factors.numel(),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.activation import device_functions, gradient_functions, widen
-from gpunn.kernels.launch import Launch, operator, run
+from gpunn.kernels.launch import Launch, cdiv, operator, run
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def activation_forward(x: torch.Tensor, activation: str, parameters: list[float]
         run(
             "activation_forward",
             activation_forward_kernel,
-            (triton.cdiv(x.numel(), launch.block),),
+            (cdiv(x.numel(), launch.block),),
             in_memory_order_of(x, y),
             y,
             x.numel(),
@@ -106,7 +106,7 @@ def activation_backward(
         run(
             "activation_backward",
             activation_backward_kernel,
-            (triton.cdiv(dx.numel(), launch.block),),
+            (cdiv(dx.numel(), launch.block),),
             in_memory_order_of(dy, dx),
             in_memory_order_of(saved, dx),
             dx,

@@ -13,56 +13,65 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.activation import ACTIVATIONS, device_functions, gradient_functions, widen
-from gpunn.kernels.launch import Launch, operator, run
+from gpunn.kernels.launch import Launch, cdiv, operator, run
 
 
 @dataclass(frozen=True)
 class GluLaunch(Launch):
-    """A program owns ``block`` neighbouring elements of a half row. Not measured."""
+    """A program owns a tile of y: 1024 elements, in as few rows as a half row's length allows."""
 
-    block: int = 1024
+    block_rows: int = 1
+    block_cols: int = 1024
+
+
+# 16 bytes a thread of 4 warps in 16-bit types. Not measured.
+LAUNCHES = tuple(GluLaunch(block_rows=1024 // n, block_cols=n) for n in (16, 64, 256, 1024))
+
+
+def choose_launch(half: int) -> GluLaunch:
+    """The narrowest tile that holds a half row; else the widest."""
+    return next((launch for launch in LAUNCHES if half <= launch.block_cols), LAUNCHES[-1])
+
+
+@triton.jit
+def tile_of(half, n_rows, n_across, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """This program's offsets into y and into the first half of x, and what is inside of y."""
+    rows = tl.program_id(0) // n_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.program_id(0) % n_across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    start = rows.to(tl.int64)[:, None] * half
+    mask = (rows < n_rows)[:, None] & (cols < half)[None, :]
+    return start + cols[None, :], 2 * start + cols[None, :], mask
 
 
 @triton.jit
 def glu_forward_kernel(
-    x_ptr, y_ptr, half, n_blocks,
-    ACTIVATION: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, y_ptr, half, n_rows, n_across,
+    ACTIVATION: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """y = a f(b) for x of shape (n_rows, 2, half) = (a, b). A program owns BLOCK of a row of y."""
-    program = tl.program_id(0)
-    row = (program // n_blocks).to(tl.int64)
-    cols = (program % n_blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < half
-    a = widen(tl.load(x_ptr + row * 2 * half + cols, mask=mask, other=0.0))
-    b = widen(tl.load(x_ptr + row * 2 * half + half + cols, mask=mask, other=0.0))
+    """y = a f(b) for x of shape (n_rows, 2, half) = (a, b). A program owns a tile of y."""
+    at, first, mask = tile_of(half, n_rows, n_across, BLOCK_ROWS, BLOCK_COLS)
+    a = widen(tl.load(x_ptr + first, mask=mask, other=0.0))
+    b = widen(tl.load(x_ptr + half + first, mask=mask, other=0.0))
     y = a * ACTIVATION(b, P0, P1)
-    tl.store(y_ptr + row * half + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def glu_backward_kernel(
-    dy_ptr, x_ptr, dx_ptr, half, n_blocks,
+    dy_ptr, x_ptr, dx_ptr, half, n_rows, n_across,
     ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    SAVES_OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
+    SAVES_OUTPUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """da = dy f(b), db = dy a f'(b), for x = (a, b) as in the forward kernel."""
-    program = tl.program_id(0)
-    row = (program // n_blocks).to(tl.int64)
-    cols = (program % n_blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < half
-    first, second = row * 2 * half + cols, row * 2 * half + half + cols
+    at, first, mask = tile_of(half, n_rows, n_across, BLOCK_ROWS, BLOCK_COLS)
     a = widen(tl.load(x_ptr + first, mask=mask, other=0.0))
-    b = widen(tl.load(x_ptr + second, mask=mask, other=0.0))
-    dy = widen(tl.load(dy_ptr + row * half + cols, mask=mask, other=0.0))
+    b = widen(tl.load(x_ptr + half + first, mask=mask, other=0.0))
+    dy = widen(tl.load(dy_ptr + at, mask=mask, other=0.0))
     gate = ACTIVATION(b, P0, P1)
     db = GRADIENT(dy * a, gate if SAVES_OUTPUT else b, P0, P1)
     tl.store(dx_ptr + first, (dy * gate).to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(dx_ptr + second, db.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-def _grid(half: int, outer: int, launch: GluLaunch) -> tuple[int, int]:
-    n_blocks = triton.cdiv(half, launch.block)
-    return outer * n_blocks, n_blocks
+    tl.store(dx_ptr + half + first, db.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def _glu_forward_fake(
@@ -82,18 +91,19 @@ def glu_forward(
 ) -> torch.Tensor:
     """y = a f(b), a and b the halves of x along ``dim`` (not negative); y is contiguous."""
     y = _glu_forward_fake(x, dim, activation, parameters)
-    launch = GluLaunch()
     half = y.shape[dim:].numel()
     if y.numel():
-        n_programs, n_blocks = _grid(half, y.numel() // half, launch)
+        launch, n_rows = choose_launch(half), y.numel() // half
+        n_across = cdiv(half, launch.block_cols)
         run(
             "glu_forward",
             glu_forward_kernel,
-            (n_programs,),
+            (cdiv(n_rows, launch.block_rows) * n_across,),
             x.contiguous(),
             y,
             half,
-            n_blocks,
+            n_rows,
+            n_across,
             launch=launch,
             **device_functions(activation, parameters),
         )
@@ -115,19 +125,20 @@ def glu_backward(
 ) -> torch.Tensor:
     """The gradient of x = (a, b): da = dy f(b), db = dy a f'(b)."""
     dx = _glu_backward_fake(dy, x, dim, activation, parameters)
-    launch = GluLaunch()
     half = dy.shape[dim:].numel()
     if dx.numel():
-        n_programs, n_blocks = _grid(half, dy.numel() // half, launch)
+        launch, n_rows = choose_launch(half), dy.numel() // half
+        n_across = cdiv(half, launch.block_cols)
         run(
             "glu_backward",
             glu_backward_kernel,
-            (n_programs,),
+            (cdiv(n_rows, launch.block_rows) * n_across,),
             dy.contiguous(),
             x.contiguous(),
             dx,
             half,
-            n_blocks,
+            n_rows,
+            n_across,
             launch=launch,
             SAVES_OUTPUT=ACTIVATIONS[activation].saves == "output",
             **gradient_functions(activation, parameters),

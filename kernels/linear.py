@@ -7,10 +7,9 @@ and the bias gradient, then two products: dx = dz W and dW = dzᵀ x.
 from __future__ import annotations
 
 import torch
-import triton
 
 from gpunn.kernels.activation import ACTIVATIONS, gradient_functions
-from gpunn.kernels.launch import device_of, operator, run
+from gpunn.kernels.launch import cdiv, device_of, operator, run
 from gpunn.kernels.matmul import epilogue_backward_kernel
 from gpunn.kernels.philox import dropout_arguments
 from gpunn.kernels.product import Epilogue, EpilogueLaunch, product
@@ -125,12 +124,12 @@ def linear_epilogue_backward(
     if rows.numel() == 0:
         return dz, dbias.zero_()
     launch = EpilogueLaunch()
-    n_across = triton.cdiv(n_cols, launch.block_cols)
+    n_across = cdiv(n_cols, launch.block_cols)
     # Four programs a multiprocessor keep enough loads in flight; not measured.
     wanted = max(1, 4 * device_of(dy).n_multiprocessors // n_across)
-    rows_a_program = triton.cdiv(triton.cdiv(n_rows, wanted), launch.block_rows)
+    rows_a_program = cdiv(cdiv(n_rows, wanted), launch.block_rows)
     rows_a_program *= launch.block_rows
-    n_down = triton.cdiv(n_rows, rows_a_program)
+    n_down = cdiv(n_rows, rows_a_program)
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     sums = dy.new_empty((n_down, n_cols), dtype=wide) if needs_dbias else None
     saved_rows = None if saved is None else as_matrix(saved)

@@ -10,11 +10,18 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpunn.kernels.activation import ACTIVATIONS, device_functions
-from gpunn.kernels.launch import Device, Launch, chosen_backend, device_of, record_fallback, run
+from gpunn.kernels.launch import (
+    Device,
+    Launch,
+    cdiv,
+    chosen_backend,
+    device_of,
+    record_fallback,
+    run,
+)
 from gpunn.kernels.matmul import epilogue_kernel, matmul_kernel
 from gpunn.kernels.philox import dropout_arguments
 
@@ -142,15 +149,15 @@ def choose_launch(problem: Product) -> MatmulLaunch:
     """The largest tiles that fill the chip; else the smallest, split along the inner dimension."""
 
     def n_tiles(launch: MatmulLaunch) -> int:
-        down = triton.cdiv(problem.n_rows, launch.block_rows)
-        return int(down * triton.cdiv(problem.n_cols, launch.block_cols))
+        down = cdiv(problem.n_rows, launch.block_rows)
+        return down * cdiv(problem.n_cols, launch.block_cols)
 
     tiles = tiles_for(problem)
     for launch in tiles:
         if n_tiles(launch) >= problem.device.n_multiprocessors:
             return launch
     smallest = tiles[-1]
-    steps = triton.cdiv(problem.n_inner, smallest.block_inner)
+    steps = cdiv(problem.n_inner, smallest.block_inner)
     idle = problem.device.n_multiprocessors // n_tiles(smallest)
     parts = max(1, min(idle, steps // LEAST_STEPS_A_PART, MOST_PARTS))
     return replace(smallest, split_inner=parts)
@@ -227,7 +234,7 @@ def multiply(
 ) -> None:
     """Launch ``matmul_kernel``."""
     (n_rows, n_inner), n_cols, device = a.shape, b.shape[0], device_of(a)
-    n_tiles = triton.cdiv(n_rows, launch.block_rows) * triton.cdiv(n_cols, launch.block_cols)
+    n_tiles = cdiv(n_rows, launch.block_rows) * cdiv(n_cols, launch.block_cols)
     n_programs = min(n_tiles * launch.split_inner, device.n_multiprocessors)
     a_layout, b_layout = layout_of(a, device), layout_of(b, device)
     run(
@@ -256,7 +263,7 @@ def finish(name: str, partials: torch.Tensor, epilogue: Epilogue) -> None:
     """Launch ``epilogue_kernel`` on partial products (n_parts, n_rows, n_cols)."""
     n_parts, n_rows, n_cols = partials.shape
     launch = EpilogueLaunch()
-    n_programs = triton.cdiv(n_rows, launch.block_rows) * triton.cdiv(n_cols, launch.block_cols)
+    n_programs = cdiv(n_rows, launch.block_rows) * cdiv(n_cols, launch.block_cols)
     run(
         name,
         epilogue_kernel,

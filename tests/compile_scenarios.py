@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from gpunn.kernels import launch, product
+from gpunn.kernels import glu, launch, product
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import launchers
 from gpunn.kernels.product import Epilogue, MatmulLaunch
@@ -147,14 +147,14 @@ def _elementwise_scenarios() -> dict[str, Scenario]:
         found[f"activation-forward-{name}"] = Scenario(forward, False, True, chips)
         backward = partial(launchers["activation_backward"], x, x, name, parameters)
         found[f"activation-backward-{name}"] = Scenario(backward, False, True, chips)
-    y = meta(SIZE, SIZE // 2)
     for gate in ("sigmoid", "silu", "gelu", "gelu_tanh", "relu"):
-        found[f"glu-forward-{gate}"] = Scenario(
-            partial(launchers["glu_forward"], x, 1, gate, []), wide_only=True
-        )
-        found[f"glu-backward-{gate}"] = Scenario(
-            partial(launchers["glu_backward"], y, x, 1, gate, []), wide_only=True
-        )
+        for tile in glu.LAUNCHES if gate == "silu" else glu.LAUNCHES[-1:]:
+            x, y = meta(SIZE, 2 * tile.block_cols), meta(SIZE, tile.block_cols)
+            name = f"{gate}-{tile.block_rows}x{tile.block_cols}"
+            forward = partial(launchers["glu_forward"], x, 1, gate, [])
+            found[f"glu-forward-{name}"] = Scenario(forward, wide_only=True)
+            backward = partial(launchers["glu_backward"], y, x, 1, gate, [])
+            found[f"glu-backward-{name}"] = Scenario(backward, wide_only=True)
     seed = meta(1, dtype=torch.int64)
     found["dropout-factors"] = Scenario(partial(launchers["dropout_factors"], seed, x, 0.1))
     return found

@@ -90,7 +90,9 @@ def check_gradients(
 ) -> None:
     """gradcheck and (``twice``) gradgradcheck of ``function`` at ``inputs``, in float64.
 
-    Only the interpreter's kernels take float64; on CUDA it is PyTorch's own, by design.
+    And, since gradgradcheck only holds the differentiable gradient to its own derivative, that it
+    is the gradient which the kernels compute. Only the interpreter's kernels take float64; on CUDA
+    it is PyTorch's own, by design.
     """
     if not INTERPRETING:
         pytest.skip("gradcheck needs float64, which the kernels take in the interpreter alone")
@@ -99,8 +101,15 @@ def check_gradients(
         torch.autograd.gradcheck(function, inputs)
     assert trace.launches, "no kernel ran"
     assert not trace.fallbacks, trace
-    if twice:
-        torch.autograd.gradgradcheck(function, inputs)
+    if not twice:
+        return
+    torch.autograd.gradgradcheck(function, inputs)
+    y = function(*inputs)
+    dy = torch.randn_like(y)
+    by_kernels = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    differentiable = torch.autograd.grad(y, inputs, dy, create_graph=True)
+    for ours, theirs in zip(by_kernels, differentiable, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-9)
 
 
 def launched(trace: gpunn.Trace, *operators: str) -> list[LaunchRecord]:

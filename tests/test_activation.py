@@ -84,6 +84,34 @@ def test_value_and_gradient(
     assert_both_accurate(name, x, random_gradient(x), parameters)
 
 
+@pytest.mark.parametrize(
+    ("name", "kinks"),
+    [
+        ("relu", (0.0, -0.0)),
+        ("relu6", (0.0, 6.0)),
+        ("leaky_relu", (0.0, -0.0)),
+        ("elu", (0.0, -0.0)),
+        ("celu", (0.0, -0.0)),
+        ("selu", (0.0, -0.0)),
+        ("hardsigmoid", (-3.0, 3.0)),
+        ("hardtanh", (-1.0, 1.0)),
+        ("softplus", (20.0, 20.000002)),
+        ("softshrink", (-0.5, 0.5)),
+        ("hardshrink", (-0.5, 0.5)),
+        ("hardswish", (-3.0, 3.0)),
+    ],
+)
+def test_kinks(name: str, kinks: tuple[float, ...], device: str) -> None:
+    """On a kink the gradient is that of the side which PyTorch takes."""
+    x = torch.tensor(kinks, device=device)
+    y, dx = value_and_gradient(FUNCTIONS[name], x, torch.full_like(x, 0.75))
+    parameters = ACTIVATIONS[name].defaults
+    exact_y = reference.activation_forward(as_numpy(x), name, *parameters)
+    exact_dx = reference.activation_backward([0.75, 0.75], as_numpy(x), name, *parameters)
+    assert y.tolist() == pytest.approx(exact_y.tolist(), abs=1e-6)
+    assert dx.tolist() == pytest.approx(exact_dx.tolist(), abs=1e-6)
+
+
 @each_dtype
 @pytest.mark.parametrize("size", [100.0, 1e4])
 @each_name

@@ -219,7 +219,8 @@ def test_doctor_says_what_is_here(capsys: Capture) -> None:
     assert any(line.startswith("  GPU") for line in lines)
 
 
-def test_doctor_runs_kernels_in_another_process() -> None:
+def test_doctor_runs_kernels_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as where there is no GPU
     assert doctor.interpreted_attempts() == dict.fromkeys(check.CHECKS, "ok")
 
 

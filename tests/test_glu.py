@@ -11,11 +11,11 @@ import gpunn
 import gpunn.functional as GF
 from closeness import assert_accurate
 from gpunn.functional.activation import TORCH
-from gpunn.kernels.glu import GluLaunch
+from gpunn.kernels.glu import LAUNCHES, GluLaunch, choose_launch
 from gpunn.reference.glu import glu_backward, glu_forward
 from kit import as_numpy, check_gradients, each_dtype, launched, layouts
 
-BLOCK = GluLaunch().block
+BLOCK = GluLaunch().block_cols
 Function = Callable[..., torch.Tensor]
 # The function, and the name of the activation that is its gate.
 GATED: dict[str, tuple[Function, str]] = {
@@ -101,6 +101,16 @@ def test_large_gates(name: str, dtype: torch.dtype, device: str) -> None:
 def test_sizes_and_dimensions(name: str, shape: tuple[int, ...], dim: int, device: str) -> None:
     x = 1 + drawn(shape, device).abs()
     assert_both_accurate(name, x, 1 + drawn(halved(shape, dim), device).abs(), dim)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch.block_cols} columns")
+@pytest.mark.parametrize("missing", [0, 1])
+def test_every_tile(launch: GluLaunch, missing: int, device: str) -> None:
+    """Two programs down; the last row, and the last column, inside of a tile or at its edge."""
+    half, n_rows = launch.block_cols - missing, 2 * launch.block_rows - missing
+    assert choose_launch(half) == launch
+    x, dy = 1 + drawn((n_rows, 2 * half), device).abs(), drawn((n_rows, half), device)
+    assert_both_accurate("swiglu", x, dy, -1)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 4, 0)], ids=str)
