@@ -88,18 +88,19 @@ def test_agrees_with_torch_on_drawn_problems(problem: dict[str, Any], device: st
         torch.testing.assert_close(mine, exact.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("aligned", [True, False], ids=["by descriptor", "by pointer"])
 @pytest.mark.parametrize("which", ["x", "weight", "residual", "dy"])
-def test_offsets_past_two_to_the_31(which: str, device: str) -> None:
-    """Two rows, 2^31 elements apart: an offset kept in 32 bits would read another place."""
+def test_offsets_past_two_to_the_31(which: str, aligned: bool, device: str) -> None:
+    """Three rows, 2^30 elements apart: row times stride, kept in 32 bits, would overflow."""
     torch.use_deterministic_algorithms(False)  # or the gap would be filled, and take real memory
-    shapes = {"x": (2, 8), "weight": (2, 8), "residual": (2, 2), "dy": (2, 2)}
+    shapes = {"x": (3, 8), "weight": (3, 8), "residual": (3, 3), "dy": (3, 3)}
     tensors = {
         name: torch.randn(shape, device=device).half().requires_grad_()
         for name, shape in shapes.items()
     }
-    n_cols = shapes[which][1]
-    storage = torch.empty(2**31 + n_cols, dtype=torch.float16, device=device)
-    far = storage.as_strided((2, n_cols), (2**31, 1)).copy_(tensors[which].detach())
+    shape, shift = shapes[which], 0 if aligned else 1
+    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    far = storage.as_strided(shape, (2**30, 1), shift).copy_(tensors[which].detach())
 
     def run(replaced: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         given = {**tensors, **replaced}
@@ -109,7 +110,8 @@ def test_offsets_past_two_to_the_31(which: str, device: str) -> None:
 
     near = run({})
     apart = run({which: far.detach().requires_grad_()})
-    assert all(torch.equal(a, b) for a, b in zip(near, apart, strict=True))
+    for a, b in zip(near, apart, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes 9 GB of a GPU's memory")
