@@ -20,15 +20,16 @@ import numpy as np
 import triton
 import triton.language as tl
 
+Array = np.ndarray[Any, Any]
 INTERPRETING: bool = bool(triton.knobs.runtime.interpret)
 
 
-def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+def bfloat16_to_float32(bits: Array) -> Array:
     """The float32 values of bfloat16 bit patterns (uint16)."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+def float32_to_bfloat16(values: Array) -> Array:
     """The bfloat16 bit patterns (uint16) nearest to float32 values, ties to even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16

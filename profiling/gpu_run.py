@@ -209,7 +209,8 @@ def _table(summary: dict[str, Any], benchmark: Step) -> str:
     if len(failures) > N_FAILURES_SHOWN:
         lines.append(f"           and {len(failures) - N_FAILURES_SHOWN} more, in tests.log")
     lines.append(f"benchmark  {summary['benchmark']}")
-    lines += [line for line in benchmark.output.splitlines() if line.strip()][-N_TABLE_LINES:]
+    printed = [line.rstrip() for line in benchmark.output.splitlines() if line.strip()]
+    lines += printed[-N_TABLE_LINES:]
     lines.append(f"device     {summary['device']}")
     lines.append("versions   " + ", ".join(f"{k} {v}" for k, v in summary["versions"].items()))
     lines.append(f"commit     {summary['commit']}")

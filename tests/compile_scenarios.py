@@ -6,6 +6,7 @@ process of its own without TRITON_INTERPRET (see test_compiles.py).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,41 +77,45 @@ def _multiply(
 
 # The activations whose epilogues take the most registers, the ones to try every tile with.
 HEAVY = {"saved": ("gelu_tanh",), "all": ("softplus", "mish")}
-FAMILIES = (
-    ("descriptor", product.DESCRIPTOR_TILES_16_BIT, ("inner", "rows"), HALF, "ieee", (90, 100)),
-    ("pointer", product.POINTER_TILES_16_BIT, ("odd", "rows"), HALF, "ieee", (80, 90, 100)),
-    ("tf32", product.TILES_TF32, ("inner", "rows", "odd"), torch.float32, "tf32", (80, 90, 100)),
-    ("ieee", product.TILES_IEEE, ("inner", "rows", "odd"), torch.float32, "ieee", (80, 90, 100)),
-)
+# Tiles, the operands' layouts, dtype and precision; descriptors are for sm_90 and newer.
+FAMILIES = {
+    "descriptor": (product.DESCRIPTOR_TILES_16_BIT, ("inner", "rows"), HALF, "ieee"),
+    "pointer": (product.POINTER_TILES_16_BIT, ("odd", "rows"), HALF, "ieee"),
+    "tf32": (product.TILES_TF32, ("inner", "rows", "odd"), torch.float32, "tf32"),
+    "ieee": (product.TILES_IEEE, ("inner", "rows", "odd"), torch.float32, "ieee"),
+}
+
+
+def _chips(family: str, tile: MatmulLaunch, layout: str, kind: str) -> tuple[int, ...]:
+    """The chips on which a product of this kind may be launched with this tile."""
+    _, _, dtype, precision = FAMILIES[family]
+    found = []
+    for capability in (80, 90, 100):
+        by_descriptor = capability >= 90 and layout != "odd"
+        if dtype == HALF and by_descriptor != (family == "descriptor"):
+            continue
+        problem = product.Product(
+            SIZE, SIZE, SIZE, dtype, precision, by_descriptor, kind == "all", chip(capability)
+        )
+        if tile in product.tiles_for(problem):
+            found.append(capability)
+    return tuple(found)
 
 
 def _product_scenarios() -> dict[str, Scenario]:
     found = {}
-    for family, tiles, layouts, dtype, precision, capabilities in FAMILIES:
-        for tile in tiles:
-            for layout in layouts:
-                # an epilogue comes with linear's forward, whose operands are contiguous or odd
-                for kind in ("bare",) if layout == "rows" else ("saved", "all", "split"):
-                    chips: tuple[int, ...] = capabilities
-                    if family == "descriptor" and kind == "all":
-                        skipped = {c: _skipped(c) for c in chips}
-                        chips = tuple(c for c in chips if tile not in tiles[: skipped[c]])
-                    if family == "pointer" and layout == "rows":
-                        chips = (80,)
-                    for activation in HEAVY.get(kind, ("identity",)):
-                        shape = f"{tile.block_rows}x{tile.block_cols}x{tile.block_inner}"
-                        found[f"product-{family}-{shape}-{layout}-{kind}-{activation}"] = Scenario(
-                            partial(_multiply, tile, layout, kind, dtype, precision, activation),
-                            tensor_cores=precision == "tf32" or dtype == HALF,
-                            capabilities=chips,
-                        )
+    for family, (tiles, layouts, dtype, precision) in FAMILIES.items():
+        for tile, layout in itertools.product(tiles, layouts):
+            # an epilogue comes with linear's forward, whose operands are contiguous or odd
+            for kind in ("bare",) if layout == "rows" else ("saved", "all", "split"):
+                for activation in HEAVY.get(kind, ("identity",)):
+                    shape = f"{tile.block_rows}x{tile.block_cols}x{tile.block_inner}"
+                    found[f"product-{family}-{shape}-{layout}-{kind}-{activation}"] = Scenario(
+                        partial(_multiply, tile, layout, kind, dtype, precision, activation),
+                        tensor_cores=precision == "tf32" or dtype == HALF,
+                        capabilities=_chips(family, tile, layout, kind),
+                    )
     return found
-
-
-def _skipped(capability: int) -> int:
-    """How many of the widest tiles are not used with dropout."""
-    problem = product.Product(1, 1, 1, HALF, "ieee", True, True, chip(capability))
-    return len(product.DESCRIPTOR_TILES_16_BIT) - len(product.tiles_for(problem))
 
 
 def _finish(n_parts: int, activation: str) -> None:
