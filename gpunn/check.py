@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 import gpunn.functional as GF
 from gpunn.functional.activation import TORCH
+from gpunn.functional.glu import GATES
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.elementwise import activation_backward, activation_forward
 from gpunn.kernels.interpreter import INTERPRETING
@@ -144,18 +145,16 @@ def check_activation(name: str, dtype: torch.dtype, device: str) -> list[Compari
     return compare(ours, lambda x: TORCH[name](x, *parameters), exact, [x])
 
 
-GATES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
-    "glu": (GF.glu, "sigmoid"),
-    "swiglu": (GF.swiglu, "silu"),
-    "geglu": (GF.geglu, "gelu"),
+# Every gated linear unit: the function, and the activation that is its gate.
+GATED: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
+    **{name: (getattr(GF, name), gate) for name, gate in GATES.items()},
     "geglu, tanh": (functools.partial(GF.geglu, approximate="tanh"), "gelu_tanh"),
-    "reglu": (GF.reglu, "relu"),
 }
 
 
 def check_glu(name: str, dtype: torch.dtype, device: str) -> list[Comparison]:
     """One gated linear unit, along a dimension in the middle."""
-    function, gate = GATES[name]
+    function, gate = GATED[name]
 
     def theirs(x: torch.Tensor) -> torch.Tensor:
         a, b = x.chunk(2, 1)
@@ -216,7 +215,7 @@ def _activations() -> list[Check]:
 
 
 def _glus() -> list[Check]:
-    return [Check("glu", name, functools.partial(check_glu, name)) for name in GATES]
+    return [Check("glu", name, functools.partial(check_glu, name)) for name in GATED]
 
 
 def _linears() -> list[Check]:

@@ -63,14 +63,30 @@ def _change_classes(
 ) -> Replacement:
     record = Replacement()
     for name, module in model.named_modules():
-        new = classes.get(type(module))
-        fused = isinstance(module, gpunn.nn.Linear) and (
-            module.activation is not None or module.dropout_p > 0
-        )
-        if new is not None and not fused:
+        new, reason = classes.get(type(module)), _reason_to_keep(module)
+        if new is not None and reason is None:
             module.__class__ = new
             record.replaced[name] = f"{new.__module__.partition('.')[0]} {new.__name__}"
-        elif not any(True for _ in module.children()):
-            reason = "its fused parts have no torch layer" if fused else otherwise
-            record.kept[name] = f"{type(module).__name__}: {reason}"
+        elif reason is not None or not any(True for _ in module.children()):
+            record.kept[name] = f"{type(module).__name__}: {reason or otherwise}"
     return record
+
+
+def _reason_to_keep(module: torch.nn.Module) -> str | None:
+    """Why a layer should stay what it is, although its class has a counterpart."""
+    if isinstance(module, gpunn.nn.Linear):
+        fused = module.activation is not None or module.dropout_p > 0
+        return "its fused parts have no torch layer" if fused else None
+    if type(module).__module__.startswith("gpunn.") and not _namesake(type(module)):
+        return "torch has no such layer"
+    if isinstance(module, torch.nn.Linear) and {"activation", "dropout_p"} & set(vars(module)):
+        return "it has an attribute that gpunn's layer would take for its own"
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "its parameters are computed by a parametrization"
+    if isinstance(module, (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)):
+        return "in eval mode torch's fused path may compute it, past the layers in it"
+    return None
+
+
+def _namesake(layer: type) -> bool:
+    return hasattr(torch.nn, layer.__name__)

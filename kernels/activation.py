@@ -1,25 +1,28 @@
 """Activation functions and their gradients, for any kernel to call on a tile in registers.
 
 No loads, no stores. Each is stable over the whole range of its type: ``exp`` is only ever given a
-number that is not positive, and ``exp(x) - 1``, ``log(1 + x)`` and ``tanh`` keep their relative
-accuracy near zero. A function takes ``(x, p0, p1)`` so that a kernel can be given any of them as a
-constexpr; ``p0`` and ``p1`` are the function's parameters, in torch's order, and often unused.
+number that is not positive, and what would cancel near zero is computed by ``numeric.py``. A
+function takes ``(x, p0, p1)`` so that a kernel can be given any of them as a constexpr; ``p0`` and
+``p1`` are the function's parameters, in torch's order, and often unused.
 
 ``relu_gradient(dy, y, p0, p1)`` is the gradient of the input for a gradient ``dy`` of the output.
-It is computed from the activation's *output* where it can be (``saves="output"``), so that the
-input need not be kept for the backward pass.
+It is computed from the activation's *output* where that is as accurate (``saves``), so that a
+fused kernel need not keep the input for the backward pass; elu's, for one, is not: where the output
+rounds to -1 the gradient exp(x) would be lost.
 
-To add an activation: write its two functions and one entry of ``ACTIVATIONS``.
+To add an activation, see CONTRIBUTING.md; here, its two functions and its entry of ``ACTIVATIONS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import triton
 import triton.language as tl
+
+from gpunn.kernels.numeric import expm1, log1p_unit, nan_max, nan_min, tanh_small
 
 SELU_ALPHA = tl.constexpr(1.6732632423543772848170429916717)
 SELU_SCALE = tl.constexpr(1.0507009873554804934193349852946)
@@ -28,50 +31,6 @@ SQRT_1_2 = tl.constexpr(0.70710678118654752440)
 SQRT_2_OVER_PI = tl.constexpr(0.79788456080286535588)
 INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
 GELU_CUBIC = tl.constexpr(0.044715)
-
-
-@triton.jit
-def widen(x):
-    """The type to compute in: float32, or float64 for float64."""
-    return x if x.dtype == tl.float64 else x.to(tl.float32)
-
-
-@triton.jit
-def nan_max(x, low):
-    """max(x, low) that keeps NaN, which the hardware's maximum drops."""
-    return tl.where(x < low, low, x)
-
-
-@triton.jit
-def nan_min(x, high):
-    """min(x, high) that keeps NaN."""
-    return tl.where(x > high, high, x)
-
-
-@triton.jit
-def tanh_small(x):
-    """tanh(x) for |x| <= 1/2: its continued fraction x/(1 + x²/(3 + x²/(5 + …))), 7 levels."""
-    z = x * x
-    numerator = x * (135135 + z * (17325 + z * (378 + z)))
-    return numerator / (135135 + z * (62370 + z * (3150 + z * 28)))
-
-
-@triton.jit
-def expm1_negative(x):
-    """exp(x) - 1 for x <= 0; near zero as 2 t / (1 - t) with t = tanh(x / 2)."""
-    t = tanh_small(nan_max(x, -1.0) * 0.5)
-    return tl.where(x < -1, tl.exp(x) - 1, 2 * t / (1 - t))
-
-
-@triton.jit
-def log1p_unit(x):
-    """log(1 + x) for 0 <= x <= 1; below 1/2 as 2 artanh(x / (2 + x))."""
-    s = x / (2 + x)
-    z = s * s
-    series = 1.0 / 21 + z * (1.0 / 23)
-    for k in tl.static_range(10):
-        series = 1.0 / (19 - 2 * k) + z * series
-    return tl.where(x < 0.5, 2 * s * series, tl.log(1 + x))
 
 
 @triton.jit
@@ -118,32 +77,32 @@ def leaky_relu_gradient(dy, y, p0: tl.constexpr, p1: tl.constexpr):
 
 @triton.jit
 def elu(x, p0: tl.constexpr, p1: tl.constexpr):
-    return tl.where(x > 0, x, p0 * expm1_negative(nan_min(x, 0.0)))
+    return tl.where(x > 0, x, p0 * expm1(nan_min(x, 0.0)))
 
 
 @triton.jit
-def elu_gradient(dy, y, p0: tl.constexpr, p1: tl.constexpr):
-    return tl.where(y <= 0, dy * (y + p0), dy)
+def elu_gradient(dy, x, p0: tl.constexpr, p1: tl.constexpr):
+    return tl.where(x <= 0, dy * (tl.exp(nan_min(x, 0.0)) * p0), dy)
 
 
 @triton.jit
 def celu(x, p0: tl.constexpr, p1: tl.constexpr):
-    return tl.where(x > 0, x, p0 * expm1_negative(nan_min(x, 0.0) / p0))
+    return tl.where(x > 0, x, p0 * expm1(nan_min(x, 0.0) / p0))
 
 
 @triton.jit
-def celu_gradient(dy, y, p0: tl.constexpr, p1: tl.constexpr):
-    return tl.where(y <= 0, dy * (1 + y / p0), dy)
+def celu_gradient(dy, x, p0: tl.constexpr, p1: tl.constexpr):
+    return tl.where(x <= 0, dy * tl.exp(nan_min(x, 0.0) / p0), dy)
 
 
 @triton.jit
 def selu(x, p0: tl.constexpr, p1: tl.constexpr):
-    return tl.where(x > 0, x, expm1_negative(nan_min(x, 0.0)) * SELU_ALPHA) * SELU_SCALE
+    return tl.where(x > 0, x, expm1(nan_min(x, 0.0)) * SELU_ALPHA) * SELU_SCALE
 
 
 @triton.jit
-def selu_gradient(dy, y, p0: tl.constexpr, p1: tl.constexpr):
-    return tl.where(y <= 0, dy * (y + SELU_ALPHA_SCALE), dy * SELU_SCALE)
+def selu_gradient(dy, x, p0: tl.constexpr, p1: tl.constexpr):
+    return tl.where(x <= 0, dy * tl.exp(nan_min(x, 0.0)) * SELU_ALPHA_SCALE, dy * SELU_SCALE)
 
 
 @triton.jit
@@ -311,7 +270,7 @@ def mish_gradient(dy, x, p0: tl.constexpr, p1: tl.constexpr):
     return dy * (n * d + x * (4 * u * (n + u) * d * d) * sigmoid(x, p0, p1))
 
 
-Saves = Literal["input", "output"]
+Saves = Literal["input", "output", "either"]
 
 
 @dataclass(frozen=True)
@@ -321,29 +280,32 @@ class Activation:
     forward: Any
     gradient: Any
     saves: Saves
+    """"either": from the input always, from the output where ``output_suffices``."""
     defaults: tuple[float, ...] = ()
-    limits: Callable[..., bool] = lambda *parameters: True
-    """Whether the gradient holds for these parameters; where not, PyTorch's op is used."""
+    output_suffices: Callable[..., bool] = lambda *parameters: True
+
+    def from_output(self, parameters: Sequence[float]) -> bool:
+        """Whether a fused kernel may keep the output, and need not keep the input."""
+        return self.saves != "input" and self.output_suffices(*parameters)
 
 
-def _not_negative(parameter: float) -> bool:
-    return parameter >= 0
+def _keeps_sign(slope: float) -> bool:
+    return slope >= 0
 
 
 def _zero_to_six(low: float, high: float) -> bool:
+    """Every dtype has both limits; 0.7, say, in bfloat16 is 0.6992, and so within (0, 0.7)."""
     return (low, high) == (0, 6)
 
 
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(identity, identity_gradient, "output"),
     "relu": Activation(relu, relu_gradient, "output"),
-    "relu6": Activation(hardtanh, hardtanh_gradient, "output", (0.0, 6.0), limits=_zero_to_six),
-    "leaky_relu": Activation(
-        leaky_relu, leaky_relu_gradient, "output", (0.01,), limits=_not_negative
-    ),
-    "elu": Activation(elu, elu_gradient, "output", (1.0,), limits=_not_negative),
-    "celu": Activation(celu, celu_gradient, "output", (1.0,), limits=_not_negative),
-    "selu": Activation(selu, selu_gradient, "output"),
+    "relu6": Activation(hardtanh, hardtanh_gradient, "either", (0.0, 6.0), _zero_to_six),
+    "leaky_relu": Activation(leaky_relu, leaky_relu_gradient, "either", (0.01,), _keeps_sign),
+    "elu": Activation(elu, elu_gradient, "input", (1.0,)),
+    "celu": Activation(celu, celu_gradient, "input", (1.0,)),
+    "selu": Activation(selu, selu_gradient, "input"),
     "sigmoid": Activation(sigmoid, sigmoid_gradient, "output"),
     "logsigmoid": Activation(logsigmoid, logsigmoid_gradient, "input"),
     "hardsigmoid": Activation(hardsigmoid, hardsigmoid_gradient, "input"),

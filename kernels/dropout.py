@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpunn.kernels.elementwise import ElementwiseLaunch
+from gpunn.kernels.elementwise import LAUNCH
 from gpunn.kernels.launch import cdiv, operator, run
 from gpunn.kernels.philox import dropout_arguments, dropout_factor
 
@@ -39,16 +39,15 @@ def _dropout_factors_fake(seed: torch.Tensor, like: torch.Tensor, dropout_p: flo
 def dropout_factors(seed: torch.Tensor, like: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """0 for each element that a dropout with this seed drops, 1 / (1 - p) for the others."""
     factors = _dropout_factors_fake(seed, like, dropout_p)
-    launch = ElementwiseLaunch()
     if factors.numel():
         run(
             "dropout_factors",
             dropout_factors_kernel,
-            (cdiv(factors.numel(), launch.block),),
+            (cdiv(factors.numel(), LAUNCH.block),),
             seed,
             factors,
             factors.numel(),
             *dropout_arguments(dropout_p),
-            launch=launch,
+            launch=LAUNCH,
         )
     return factors

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gpunn.kernels.activation import device_functions, gradient_functions, widen
+from gpunn.kernels.activation import device_functions, gradient_functions
 from gpunn.kernels.launch import Launch, cdiv, operator, run
+from gpunn.kernels.numeric import widen
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class ElementwiseLaunch(Launch):
     """1024 elements for 4 warps: 16 bytes a thread in 16-bit types, 32 in float32. Not measured."""
 
     block: int = 1024
+
+
+LAUNCH = ElementwiseLaunch()
 
 
 @triton.jit
@@ -71,16 +75,15 @@ def _activation_forward_fake(
 def activation_forward(x: torch.Tensor, activation: str, parameters: list[float]) -> torch.Tensor:
     """y = f(x), in x's own memory format where x is dense, else contiguous."""
     y = _activation_forward_fake(x, activation, parameters)
-    launch = ElementwiseLaunch()
     if x.numel():
         run(
             "activation_forward",
             activation_forward_kernel,
-            (cdiv(x.numel(), launch.block),),
+            (cdiv(x.numel(), LAUNCH.block),),
             in_memory_order_of(x, y),
             y,
             x.numel(),
-            launch=launch,
+            launch=LAUNCH,
             **device_functions(activation, parameters),
         )
     return y
@@ -101,17 +104,16 @@ def activation_backward(
 ) -> torch.Tensor:
     """dx = dy f'(x), from ``saved``: the input or the output, as the activation says."""
     dx = _activation_backward_fake(dy, saved, activation, parameters)
-    launch = ElementwiseLaunch()
     if dx.numel():
         run(
             "activation_backward",
             activation_backward_kernel,
-            (cdiv(dx.numel(), launch.block),),
+            (cdiv(dx.numel(), LAUNCH.block),),
             in_memory_order_of(dy, dx),
             in_memory_order_of(saved, dx),
             dx,
             dx.numel(),
-            launch=launch,
+            launch=LAUNCH,
             **gradient_functions(activation, parameters),
         )
     return dx

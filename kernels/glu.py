@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gpunn.kernels.activation import ACTIVATIONS, device_functions, gradient_functions, widen
+from gpunn.kernels.activation import ACTIVATIONS, device_functions, gradient_functions
 from gpunn.kernels.launch import Launch, cdiv, operator, run
+from gpunn.kernels.numeric import widen
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ def choose_launch(half: int) -> GluLaunch:
 @triton.jit
 def tile_of(half, n_rows, n_across, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """This program's offsets into y and into the first half of x, and what is inside of y."""
-    rows = tl.program_id(0) // n_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = tl.program_id(0) % n_across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    start = rows.to(tl.int64)[:, None] * half
+    program = tl.program_id(0).to(tl.int64)
+    rows = program // n_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = program % n_across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    start = rows[:, None] * half
     mask = (rows < n_rows)[:, None] & (cols < half)[None, :]
     return start + cols[None, :], 2 * start + cols[None, :], mask
 

@@ -6,6 +6,7 @@ outputs, picks a ``Launch``, and calls ``run``; ``operator`` registers it as a `
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -95,10 +96,20 @@ class Device:
 
     capability: int
     n_multiprocessors: int
+    shared_memory: int = 232448
+    """Bytes that one block may have."""
+
+
+@dataclass(eq=False)
+class _Choice:
+    backend: Backend
 
 
 # Autograd runs a CUDA backward in a thread of its own, so these are the process's, not a thread's.
+# Blocks of several threads may end in any order: each removes its own entry, the newest rules.
+_lock = threading.Lock()
 _traces: list[Trace] = []
+_choices: list[_Choice] = []
 _backend: Backend = "auto"
 _capture: tuple[Device, list[Call]] | None = None
 
@@ -111,11 +122,13 @@ def trace() -> Iterator[Trace]:
     were decided while it was compiled and are not.
     """
     record = Trace()
-    _traces.append(record)
+    with _lock:
+        _traces.append(record)
     try:
         yield record
     finally:
-        _traces[:] = [other for other in _traces if other is not record]
+        with _lock:
+            _traces[:] = [other for other in _traces if other is not record]
 
 
 @contextmanager
@@ -129,11 +142,16 @@ def backend(choice: Backend) -> Iterator[None]:
     global _backend
     if choice not in ("auto", "kernels", "torch"):
         raise ValueError(f"backend: expected 'auto', 'kernels' or 'torch', got {choice!r}")
-    previous, _backend = _backend, choice
+    entry = _Choice(choice)
+    with _lock:
+        _choices.append(entry)
+        _backend = choice
     try:
         yield
     finally:
-        _backend = previous
+        with _lock:
+            _choices.remove(entry)
+            _backend = _choices[-1].backend if _choices else "auto"
 
 
 def chosen_backend() -> Backend:
@@ -155,7 +173,7 @@ def captured(device: Device) -> Iterator[list[Call]]:
 
 def record_fallback(operator: str, reason: str) -> None:
     """Note that ``operator`` (or a part of it) was left to PyTorch."""
-    if _traces and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _traces:
         for record in _traces:
             record.fallbacks.append(FallbackRecord(operator, reason))
 
@@ -163,7 +181,11 @@ def record_fallback(operator: str, reason: str) -> None:
 @cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
+    return Device(
+        properties.major * 10 + properties.minor,
+        properties.multi_processor_count,
+        getattr(properties, "shared_memory_per_block_optin", Device.shared_memory),
+    )
 
 
 def device_of(tensor: torch.Tensor) -> Device:
@@ -206,14 +228,23 @@ def _capability(index: int) -> int:
     return _cuda_device(index).capability
 
 
+@torch.compiler.assume_constant_result
+def _transform() -> str | None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None
+
+
 def _refusal_of(tensor: torch.Tensor) -> str | None:
     kind = tensor.device.type
     if kind not in ("cpu", "cuda") or torch.version.hip:
         return f"{kind} tensor" + (" on ROCm" if torch.version.hip else "")
     if tensor.dtype not in _DTYPES:
         return f"no kernel for {tensor.dtype} on {kind}"
-    if tensor.layout != torch.strided:
-        return f"{tensor.layout} tensor"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "nested tensor" if tensor.is_nested else f"{tensor.layout} tensor"
     if type(tensor) not in _PLAIN:
         return f"tensor subclass {type(tensor).__name__}"
     if kind == "cuda" and (capability := _capability(tensor.get_device())) < 80:
@@ -230,12 +261,8 @@ def refusal(tensors: Sequence[torch.Tensor | None]) -> str | None:
             return "cpu tensor, and TRITON_INTERPRET is not 1"
         if (reason := _refusal_of(tensor)) is not None:
             return reason
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "inside a torch.func transform"
-        if torch.autograd.forward_ad._current_level >= 0:
-            return "forward-mode differentiation"
-    return None
+    in_transform: str | None = _transform()
+    return in_transform
 
 
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}

@@ -6,7 +6,11 @@ and the bias gradient, then two products: dx = dz W and dW = dzᵀ x.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from gpunn.kernels.activation import ACTIVATIONS, gradient_functions
 from gpunn.kernels.launch import cdiv, device_of, operator, run
@@ -20,7 +24,7 @@ def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def saves(activation: str, dropout_p: float, has_residual: bool) -> str:
+def saves(activation: str, parameters: list[float], dropout_p: float, has_residual: bool) -> str:
     """What the forward pass keeps for the backward pass.
 
     ``"nothing"``: the activation is the identity. ``"y"``: the gradient follows from the result.
@@ -30,7 +34,8 @@ def saves(activation: str, dropout_p: float, has_residual: bool) -> str:
     if activation == "identity":
         return "nothing"
     changed = dropout_p > 0 or has_residual
-    return "saved" if changed or ACTIVATIONS[activation].saves == "input" else "y"
+    from_y = ACTIVATIONS[activation].from_output(parameters) and not changed
+    return "y" if from_y else "saved"
 
 
 def _linear_forward_fake(
@@ -44,9 +49,10 @@ def _linear_forward_fake(
     dropout_p: float,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    kept = keep and saves(activation, dropout_p, residual is not None) == "saved"
-    return y, torch.empty_like(y) if kept else x.new_empty(0)
+    shape = (*x.shape[:-1], weight.shape[0])
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    kept = keep and saves(activation, parameters, dropout_p, residual is not None) == "saved"
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape if kept else (0,))
 
 
 @operator(
@@ -67,7 +73,8 @@ def linear_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = dropout(f(x Wᵀ + b)) + residual, and, to ``keep``, what ``saves`` calls "saved".
 
-    x (*, K), weight (N, K), bias (N,), residual (*, N), all with any strides; y contiguous.
+    x (*, K), weight (N, K), bias (N,), residual (*, N), all with any strides; y contiguous, in the
+    wider of the dtypes of x and residual.
     """
     y, saved = _linear_forward_fake(
         x, weight, bias, residual, seed, activation, parameters, dropout_p, keep
@@ -93,16 +100,18 @@ def _linear_epilogue_backward_fake(
     activation: str,
     parameters: list[float],
     dropout_p: float,
+    dtype: torch.dtype,
     needs_dz: bool,
     needs_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dz = dy.new_empty(dy.shape if needs_dz else (0,))
-    return dz, dy.new_empty(dy.shape[-1:] if needs_dbias else (0,))
+    dz = dy.new_empty(dy.shape if needs_dz else (0,), dtype=dtype)
+    return dz, dy.new_empty(dy.shape[-1:] if needs_dbias else (0,), dtype=dtype)
 
 
 @operator(
     "linear_epilogue_backward(Tensor dy, Tensor? saved, Tensor? seed, str activation, "
-    "float[] parameters, float dropout_p, bool needs_dz, bool needs_dbias) -> (Tensor, Tensor)",
+    "float[] parameters, float dropout_p, ScalarType dtype, bool needs_dz, bool needs_dbias) "
+    "-> (Tensor, Tensor)",
     fake=_linear_epilogue_backward_fake,
 )
 def linear_epilogue_backward(
@@ -112,49 +121,75 @@ def linear_epilogue_backward(
     activation: str,
     parameters: list[float],
     dropout_p: float,
+    dtype: torch.dtype,
     needs_dz: bool,
     needs_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dz = f'(saved) dropout(dy) and db = Σ dz over rows, in one pass; empty where not needed."""
+    """dz = f'(saved) dropout(dy) and db = Σ dz over rows, in one pass, in ``dtype``.
+
+    Each is empty where it is not needed.
+    """
     dz, dbias = _linear_epilogue_backward_fake(
-        dy, saved, seed, activation, parameters, dropout_p, needs_dz, needs_dbias
+        dy, saved, seed, activation, parameters, dropout_p, dtype, needs_dz, needs_dbias
     )
-    rows = as_matrix(dy)
-    n_rows, n_cols = rows.shape
-    if rows.numel() == 0:
+    if dy.numel() == 0:
         return dz, dbias.zero_()
-    launch = EpilogueLaunch()
+    sums = _epilogue_backward(
+        as_matrix(dy),
+        None if saved is None else as_matrix(saved),
+        seed,
+        as_matrix(dz) if needs_dz else None,
+        needs_dbias,
+        dropout_p,
+        gradient_functions(activation, parameters),
+    )
+    return dz, dbias if sums is None else dbias.copy_(sums.sum(0))
+
+
+def _epilogue_backward(
+    dy: torch.Tensor,
+    saved: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dz: torch.Tensor | None,
+    needs_dbias: bool,
+    dropout_p: float,
+    functions: dict[str, Any],
+) -> torch.Tensor | None:
+    """Launch ``epilogue_backward_kernel`` on matrices; the partial sums of dbias, if wanted."""
+    (n_rows, n_cols), launch = dy.shape, EpilogueLaunch()
     n_across = cdiv(n_cols, launch.block_cols)
     # Four programs a multiprocessor keep enough loads in flight; not measured.
     wanted = max(1, 4 * device_of(dy).n_multiprocessors // n_across)
-    rows_a_program = cdiv(cdiv(n_rows, wanted), launch.block_rows)
-    rows_a_program *= launch.block_rows
+    rows_a_program = cdiv(cdiv(n_rows, wanted), launch.block_rows) * launch.block_rows
     n_down = cdiv(n_rows, rows_a_program)
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     sums = dy.new_empty((n_down, n_cols), dtype=wide) if needs_dbias else None
-    saved_rows = None if saved is None else as_matrix(saved)
-    constants = gradient_functions(activation, parameters)
-    del constants["ACTIVATION"]
     run(
         "linear_epilogue_backward",
         epilogue_backward_kernel,
-        (n_down, n_across),
-        rows,
-        saved_rows,
+        (n_down * n_across,),
+        dy,
+        saved,
         seed,
-        as_matrix(dz) if needs_dz else None,
+        dz,
         sums,
         n_rows,
         n_cols,
-        *rows.stride(),
-        *((0, 0) if saved_rows is None else saved_rows.stride()),
+        *dy.stride(),
+        *((0, 0) if saved is None else saved.stride()),
         rows_a_program,
         *dropout_arguments(dropout_p or 1.0),
         launch=launch,
         QUADS=n_cols % 4 == 0,
-        **constants,
+        **{name: value for name, value in functions.items() if name != "ACTIVATION"},
     )
-    return dz, dbias if sums is None else dbias.copy_(sums.sum(0))
+    return sums
+
+
+@register_flop_formula(torch.ops.gpunn.linear_forward)
+def _forward_flops(x: Any, weight: Any, *rest: Any, **keywords: Any) -> int:
+    """Of the product alone, as torch counts its own linear; arguments are shapes."""
+    return int(2 * math.prod(x) * weight[0])
 
 
 def _linear_input_gradient_fake(dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -183,3 +218,13 @@ def linear_weight_gradient(dz: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     dweight = _linear_weight_gradient_fake(dz, x)
     product("linear_weight_gradient", as_matrix(dz).T, as_matrix(x).T, Epilogue(dweight))
     return dweight
+
+
+@register_flop_formula([torch.ops.gpunn.linear_input_gradient])
+def _input_gradient_flops(dz: Any, weight: Any, **keywords: Any) -> int:
+    return int(2 * math.prod(dz) * weight[1])
+
+
+@register_flop_formula([torch.ops.gpunn.linear_weight_gradient])
+def _weight_gradient_flops(dz: Any, x: Any, **keywords: Any) -> int:
+    return int(2 * math.prod(dz) * x[-1])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpunn.kernels.activation import widen
+from gpunn.kernels.numeric import widen
 from gpunn.kernels.philox import dropout_factor
 
 
@@ -98,13 +98,12 @@ def matmul_kernel(
     stride_residual_row, stride_residual_col, threshold, scale,
     A_LAYOUT: tl.constexpr, B_LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
     ACTIVATION: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, SAVES_OUTPUT: tl.constexpr,
-    QUADS: tl.constexpr, N_PROGRAMS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    SPLIT_INNER: tl.constexpr,
+    QUADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr, GROUP_ROWS: tl.constexpr, SPLIT_INNER: tl.constexpr,
 ):  # fmt: skip
     """y = dropout(f(a bᵀ + bias)) + residual, y (n_rows, n_cols) contiguous.
 
-    A program owns every N_PROGRAMS-th output tile. With SPLIT_INNER > 1 it owns parts of tiles, and
+    Of n programs, each owns every n-th output tile; with SPLIT_INNER > 1, parts of tiles, and then
     y is a (SPLIT_INNER, n_rows, n_cols) stack of bare float32 partial products.
     """
     tiles_down, tiles_across = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
@@ -112,7 +111,7 @@ def matmul_kernel(
     steps = tl.cdiv(n_inner, BLOCK_INNER)
     steps_a_part = tl.cdiv(steps, SPLIT_INNER)
     out_type: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
-    for work in tl.range(tl.program_id(0), n_tiles * SPLIT_INNER, N_PROGRAMS):
+    for work in tl.range(tl.program_id(0), n_tiles * SPLIT_INNER, tl.num_programs(0)):
         part = work // n_tiles
         down, across = tile_position(work % n_tiles, tiles_down, tiles_across, GROUP_ROWS)
         row, col = down * BLOCK_ROWS, across * BLOCK_COLS
@@ -180,12 +179,14 @@ def epilogue_backward_kernel(
 ):  # fmt: skip
     """dz = f'(saved) dropout(dy), and its column sums, in one pass over dy.
 
-    A program owns ``rows_a_program`` rows of BLOCK_COLS columns, and row ``program_id(0)`` of the
-    partial sums dbias (n_programs, n_cols). Without ``saved_ptr`` there is no activation, without
-    ``dz_ptr`` only the sums are wanted, without ``dbias_ptr`` only dz.
+    A program owns ``rows_a_program`` rows of BLOCK_COLS columns, and their place in the partial
+    sums dbias, (n_rows / rows_a_program, n_cols). Without ``saved_ptr`` there is no activation,
+    without ``dz_ptr`` only the sums are wanted, without ``dbias_ptr`` only dz.
     """
-    first_row = tl.program_id(0) * rows_a_program
-    col = tl.program_id(1) * BLOCK_COLS
+    tiles_across = tl.cdiv(n_cols, BLOCK_COLS)
+    down = tl.program_id(0) // tiles_across
+    first_row = down * rows_a_program
+    col = tl.program_id(0) % tiles_across * BLOCK_COLS
     cols = col + tl.arange(0, BLOCK_COLS)
     sum_type: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     sums = tl.zeros((BLOCK_COLS,), dtype=sum_type)
@@ -209,5 +210,5 @@ def epilogue_backward_kernel(
             tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         sums += tl.sum(tl.where(mask, dz, 0.0), axis=0)
     if dbias_ptr is not None:
-        at_sum = tl.program_id(0).to(tl.int64) * n_cols + cols
+        at_sum = down.to(tl.int64) * n_cols + cols
         tl.store(dbias_ptr + at_sum, sums, mask=cols < n_cols)

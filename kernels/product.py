@@ -77,7 +77,7 @@ class Epilogue:
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of the kernels."""
         return {
-            "SAVES_OUTPUT": ACTIVATIONS[self.activation].saves == "output",
+            "SAVES_OUTPUT": ACTIVATIONS[self.activation].from_output(self.parameters),
             "QUADS": self.y.shape[-1] % 4 == 0,
             **device_functions(self.activation, self.parameters),
         }
@@ -147,6 +147,13 @@ def tiles_for(problem: Product) -> tuple[MatmulLaunch, ...]:
     return DESCRIPTOR_TILES_16_BIT[skipped:]
 
 
+def fits(launch: MatmulLaunch, problem: Product) -> bool:
+    """Whether the operands of all stages fit in shared memory, with a little beside them."""
+    operands = (launch.block_rows + launch.block_cols) * launch.block_inner
+    needed = launch.num_stages * operands * problem.dtype.itemsize + 2048
+    return needed <= problem.device.shared_memory
+
+
 @lru_cache(maxsize=4096)
 def choose_launch(problem: Product) -> MatmulLaunch:
     """The largest tiles that fill the chip; else the smallest, split along the inner dimension."""
@@ -155,7 +162,8 @@ def choose_launch(problem: Product) -> MatmulLaunch:
         down = cdiv(problem.n_rows, launch.block_rows)
         return down * cdiv(problem.n_cols, launch.block_cols)
 
-    tiles = tiles_for(problem)
+    fitting = [t for t in tiles_for(problem) if fits(t, problem)]
+    tiles = fitting or tiles_for(problem)[-1:]
     for launch in tiles:
         if n_tiles(launch) >= problem.device.n_multiprocessors:
             return launch
@@ -163,16 +171,17 @@ def choose_launch(problem: Product) -> MatmulLaunch:
     steps = cdiv(problem.n_inner, smallest.block_inner)
     idle = problem.device.n_multiprocessors // n_tiles(smallest)
     parts = max(1, min(idle, steps // LEAST_STEPS_A_PART, MOST_PARTS))
-    return replace(smallest, split_inner=parts)
+    # a power of two, since each number of parts is a kernel of its own to compile
+    return replace(smallest, split_inner=1 << (parts.bit_length() - 1))
 
 
 def layout_of(matrix: torch.Tensor, device: Device) -> str:
     """How ``matmul_kernel`` reads a matrix: by descriptor (see ``operand_tile``) or by pointer."""
     if device.capability < 90 or matrix.numel() == 0 or matrix.data_ptr() % 16:
         return "pointer"
-    row, inner = matrix.stride()
-    for name, unit, pitch in (("inner", inner, row), ("rows", row, inner)):
-        if unit == 1 and pitch > 0 and pitch * matrix.element_size() % 16 == 0:
+    (n_rows, n_inner), (row, inner) = matrix.shape, matrix.stride()
+    for name, unit, length, pitch in (("inner", inner, n_inner, row), ("rows", row, n_rows, inner)):
+        if unit == 1 and pitch >= length and pitch * matrix.element_size() % 16 == 0:
             return name
     return "pointer"
 
@@ -257,7 +266,6 @@ def multiply(
         A_LAYOUT=a_layout,
         B_LAYOUT=b_layout,
         PRECISION=precision_of(a.dtype),
-        N_PROGRAMS=n_programs,
         **epilogue.constants(),
     )
 

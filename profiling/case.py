@@ -188,7 +188,7 @@ class Linear:
     @property
     def saves(self) -> str:
         """What the forward pass keeps; see ``gpunn.kernels.linear.saves``."""
-        return saves(self.activation or "identity", DROPOUT_P * self.dropout, self.dropout)
+        return saves(self.activation or "identity", [], DROPOUT_P * self.dropout, self.dropout)
 
     def work(self) -> tuple[int, int]:
         """Fewest bytes, and flops."""
@@ -221,7 +221,7 @@ class Linear:
         changes, needs_dbias = saved is not None or seed is not None, 2 in self.wanted
         if self.wanted and (changes or needs_dbias):
             launchers["linear_epilogue_backward"](
-                y, saved, seed, name, parameters, p, changes, needs_dbias
+                y, saved, seed, name, parameters, p, self.dtype, changes, needs_dbias
             )
         if 0 in self.wanted:
             launchers["linear_input_gradient"](y, weight)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpunn.check import as_numpy
 from gpunn.reference.closeness import judge
 
 
@@ -24,7 +25,7 @@ def assert_accurate(
     shape = tuple(got.shape)
     assert shape == exact.shape, f"{what}: shape {shape}, the exact one has {exact.shape}"
     assert got.shape == baseline.shape, f"{what}: shape {shape}, PyTorch's {tuple(baseline.shape)}"
-    values, torchs = (t.detach().double().cpu().numpy() for t in (got, baseline))
+    values, torchs = as_numpy(got), as_numpy(baseline)
     verdict = judge(values, exact, torchs, torch.finfo(got.dtype).eps)
     assert verdict.vacuous is None, f"{what}: this comparison shows nothing: {verdict.vacuous}"
     if not verdict.ok:

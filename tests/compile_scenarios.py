@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from gpunn.functional.glu import GATES
 from gpunn.kernels import glu, launch, product
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import launchers
@@ -134,10 +135,12 @@ def _linear_scenarios() -> dict[str, Scenario]:
     for activation in ("relu", *HEAVY["all"]):
         for name, dropout in (("", None), ("-dropout", seed)):
             found[f"epilogue-backward-{activation}{name}"] = Scenario(
-                partial(backward, y, y, dropout, activation, [], 0.1 if name else 0.0, True, True)
+                partial(
+                    backward, y, y, dropout, activation, [], 0.1 if name else 0.0, HALF, True, True
+                )
             )
     found["epilogue-backward-bias-alone"] = Scenario(
-        partial(backward, y, None, None, "identity", [], 0.0, False, True)
+        partial(backward, y, None, None, "identity", [], 0.0, HALF, False, True)
     )
     return found
 
@@ -152,7 +155,7 @@ def _elementwise_scenarios() -> dict[str, Scenario]:
         found[f"activation-forward-{name}"] = Scenario(forward, False, True, chips)
         backward = partial(launchers["activation_backward"], x, x, name, parameters)
         found[f"activation-backward-{name}"] = Scenario(backward, False, True, chips)
-    for gate in ("sigmoid", "silu", "gelu", "gelu_tanh", "relu"):
+    for gate in (*GATES.values(), "gelu_tanh"):
         for tile in glu.LAUNCHES if gate == "silu" else glu.LAUNCHES[-1:]:
             x, y = meta(SIZE, 2 * tile.block_cols), meta(SIZE, tile.block_cols)
             name = f"{gate}-{tile.block_rows}x{tile.block_cols}"

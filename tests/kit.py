@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 import gpunn
+import gpunn.functional
+from gpunn.check import DTYPES
+from gpunn.check import as_numpy as as_numpy  # the tests' too
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.kernels.launch import LaunchRecord
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The stem of every op: the files of gpunn/functional, without what the ops share.
+OPS = sorted(
+    {path.stem for path in Path(gpunn.functional.__file__).parent.glob("*.py")}
+    - {"__init__", "dispatch"}
+)
+# What gpunn.nn re-exports from torch.nn.
+CONTAINERS = {
+    "Flatten", "Identity", "Module", "ModuleDict", "ModuleList", "Parameter",
+    "ParameterDict", "ParameterList", "Sequential", "Unflatten",
+}  # fmt: skip
+# Parameters other than the defaults, exact in bfloat16: what happens at a kink does not depend
+# on the dtype. test_activation.py's test_limits_that_no_dtype_has is about the others.
+PARAMETERS: dict[str, tuple[float, ...]] = {
+    "leaky_relu": (0.25,),
+    "elu": (1.75,),
+    "celu": (0.625,),
+    "hardtanh": (-0.25, 0.75),
+    "softplus": (2.0, 3.0),
+    "softshrink": (0.25,),
+    "hardshrink": (0.75,),
+}
 
 
 def short_name(dtype: torch.dtype) -> str:
@@ -22,11 +44,6 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
-
-
-def as_numpy(tensor: torch.Tensor) -> NDArray[np.float64]:
-    """The values in float64: what a reference takes."""
-    return tensor.detach().double().cpu().numpy()
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:

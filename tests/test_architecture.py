@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from kit import CONTAINERS, OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("gpunn", "kernels", "profiling", "tests", "examples")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-# Shared by the ops of their room, and no op themselves.
-SHARED = {"functional": {"dispatch"}}
 TOP_LEVEL = {"examples", "gpunn", "kernels", "profiling", "tests"}
 
 # What a room may import of gpunn and of third parties, besides itself.
@@ -23,7 +24,8 @@ ROOMS = {
     "gpunn/reference": {"gpunn.reference", "numpy"},
 }
 STANDARD = {
-    "__future__", "ast", "collections", "contextlib", "dataclasses", "functools", "math", "typing",
+    "__future__", "ast", "collections", "contextlib", "dataclasses", "functools", "math",
+    "threading", "typing",
 }  # fmt: skip
 
 
@@ -56,10 +58,10 @@ def is_kernel(function: ast.FunctionDef) -> bool:
     return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
-def ops() -> list[str]:
-    """The stem of every op: the files of gpunn/functional that are not shared."""
-    files = (ROOT / "gpunn" / "functional").glob("*.py")
-    return sorted(f.stem for f in files if f.stem not in {"__init__", *SHARED["functional"]})
+def parameters_of(function: ast.FunctionDef) -> tuple[list[str], list[str]]:
+    """The names of all parameters, and of those that are constexprs."""
+    arguments = [(a.arg, ast.unparse(a.annotation or ast.Constant(""))) for a in function.args.args]
+    return [n for n, _ in arguments], [n for n, kind in arguments if "constexpr" in kind]
 
 
 def test_only_the_agreed_folders_hold_code() -> None:
@@ -125,7 +127,7 @@ def test_there_is_no_import_cycle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("op", ops())
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_has_its_file_in_every_room(op: str) -> None:
     rooms = ("kernels", "gpunn/functional", "gpunn/nn", "gpunn/reference")
     missing = [room for room in rooms if not (ROOT / room / f"{op}.py").exists()]
@@ -134,13 +136,13 @@ def test_every_op_has_its_file_in_every_room(op: str) -> None:
     assert not missing, f"{op} lacks a file in {missing}"
 
 
-@pytest.mark.parametrize("op", ops())
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_has_a_case_and_a_check(op: str) -> None:
-    from gpunn.check import checks_of
+    from gpunn.check import CHECKS
     from gpunn.profiling.case import CASES
 
-    assert CASES[op]
-    assert checks_of(op)
+    assert CASES.get(op), f"{op} has no Case in CASES of profiling/case.py"
+    assert CHECKS.get(op), f"{op} has no Check in CHECKS of gpunn/check.py"
 
 
 def test_files_and_functions_keep_their_budget() -> None:
@@ -168,28 +170,45 @@ def test_every_masked_load_says_what_the_rest_is() -> None:
     assert loads > 5
 
 
-def test_kernels_are_named_and_documented() -> None:
-    """A kernel (launched by the host) ends in _kernel and says in its docstring what it computes.
+def test_parameters_of_device_functions_come_in_order() -> None:
+    """A kernel's: pointers, then sizes, strides and scalars, then constexprs, in capitals.
 
-    Its parameters come in the order: pointers, sizes and strides, then constexprs in capitals.
+    An ``a`` beside a constexpr ``A_LAYOUT`` is a pointer or a tensor descriptor, as that says.
     """
+    for path in KERNELS:
+        for function in filter(is_kernel, functions_of(parsed(path))):
+            arguments, constexprs = parameters_of(function)
+            where = f"{name_of(path)}: {function.name}"
+            assert arguments[len(arguments) - len(constexprs) :] == constexprs, where
+            if function.name.endswith("_kernel"):
+                assert all(name.isupper() for name in constexprs), where
+                in_memory = [
+                    name
+                    for name in arguments
+                    if name.endswith("_ptr") or f"{name.upper()}_LAYOUT" in constexprs
+                ]
+                assert in_memory, f"{where}: no parameter is called …_ptr"
+                assert arguments[: len(in_memory)] == in_memory, f"{where}: pointers come first"
+
+
+def test_kernels_are_named_and_documented() -> None:
+    """A kernel (launched by the host) ends in _kernel and says what it computes."""
     kernels = 0
     for path in KERNELS:
         for function in filter(is_kernel, functions_of(parsed(path))):
-            constexprs = [
-                a.arg
-                for a in function.args.args
-                if a.annotation and "constexpr" in ast.unparse(a.annotation)
-            ]
-            arguments = [a.arg for a in function.args.args]
-            assert arguments[len(arguments) - len(constexprs) :] == constexprs, function.name
             if function.name.endswith("_kernel"):
                 kernels += 1
-                assert all(name.isupper() for name in constexprs), function.name
                 docstring = ast.get_docstring(function) or ""
                 assert docstring, f"{function.name} has no docstring"
                 assert docstring.count("\n") < 8, f"{function.name}: at most eight lines"
     assert kernels > 5
+
+
+def test_a_flat_index_is_wide() -> None:
+    """Where a program owns BLOCK elements of a tensor, the index of the first can pass 2^31."""
+    for path in KERNELS:
+        narrow = re.search(r"program_id\(\d\) \* BLOCK\b", path.read_text())
+        assert not narrow, f"{name_of(path)}: write tl.program_id(0).to(tl.int64) * BLOCK"
 
 
 def test_public_names_are_documented_and_defined_here() -> None:
@@ -199,12 +218,10 @@ def test_public_names_are_documented_and_defined_here() -> None:
     import gpunn.functional
     import gpunn.nn
 
-    containers = {"Flatten", "Identity", "Module", "ModuleDict", "ModuleList", "Parameter"}
-    containers |= {"ParameterDict", "ParameterList", "Sequential", "Unflatten"}
     for package in (gpunn, gpunn.functional, gpunn.nn):
         for name in package.__all__:
             value = getattr(package, name)
-            if name in containers:
+            if name in CONTAINERS:
                 assert value is getattr(torch.nn, name)
             elif callable(value):
                 assert value.__module__.startswith("gpunn"), name

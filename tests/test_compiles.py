@@ -7,15 +7,21 @@ tensor-core instructions where there should be some, no serialised WGMMA, 128-bi
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
 
 from compile_scenarios import SCENARIOS, report_of
+from gpunn.kernels.launch import Call, Launch, backend, captured
+from gpunn.kernels.product import MatmulLaunch
+from gpunn.profiling import static_report
 from gpunn.profiling.static_report import Report
+from test_architecture import KERNELS, functions_of, is_kernel, parsed
 
 PAIRS = [(name, chip) for name, scenario in SCENARIOS.items() for chip in scenario.capabilities]
 
@@ -48,22 +54,42 @@ def test_compiles(name: str, chip: int, compiled: Callable[[str, int], Report]) 
         assert report.narrow_accesses == 0, report
 
 
-def test_every_kernel_is_compiled() -> None:
-    """No kernel of the library is missing from the scenarios."""
-    from gpunn.kernels import launch
-    from gpunn.profiling.static_report import chip
-
-    launched = set()
-    for scenario in SCENARIOS.values():
-        with launch.captured(chip(90)) as calls:
+@pytest.fixture(scope="module")
+def calls() -> list[Call]:
+    """What the scenarios launch."""
+    with captured(static_report.chip(90)) as calls, backend("kernels"):
+        for scenario in SCENARIOS.values():
             scenario.launch()
-        launched |= {call.kernel.__name__ for call in calls}
-    from test_architecture import KERNELS, functions_of, is_kernel, parsed
+    return calls
 
+
+def test_every_kernel_is_compiled(calls: list[Call]) -> None:
     kernels = {
         function.name
         for path in KERNELS
         for function in functions_of(parsed(path))
         if is_kernel(function) and function.name.endswith("_kernel")
     }
-    assert launched == kernels
+    missing = kernels - {call.kernel.__name__ for call in calls}
+    assert not missing, f"no scenario for {', '.join(sorted(missing))}"
+
+
+def test_every_configuration_is_compiled(calls: list[Call]) -> None:
+    """Every Launch that a module of kernels/ holds, by itself or in a tuple, among others."""
+    compiled = {unsplit(call.launch) for call in calls}
+    found = 0
+    for path in KERNELS:
+        module = importlib.import_module(f"gpunn.kernels.{path.stem}")
+        for name, value in vars(module).items():
+            for launch in value if isinstance(value, tuple) else (value,):
+                if isinstance(launch, Launch):
+                    found += 1
+                    assert unsplit(launch) in compiled, (
+                        f"no scenario for {path.stem}.{name}: {launch}"
+                    )
+    assert found > 10
+
+
+def unsplit(launch: Launch) -> Launch:
+    """The configuration without the number of parts of a split product."""
+    return replace(launch, split_inner=1) if isinstance(launch, MatmulLaunch) else launch

@@ -15,10 +15,8 @@ import gpunn
 import gpunn.functional as GF
 import gpunn.nn
 from gpunn.kernels.launch import Backend
+from kit import CONTAINERS
 
-CONTAINERS = {
-    name for name in gpunn.nn.__all__ if getattr(torch.nn, name, 0) is getattr(gpunn.nn, name)
-}
 LAYERS = sorted(set(gpunn.nn.__all__) - CONTAINERS)
 NAMESAKES = [name for name in LAYERS if hasattr(torch.nn, name)]
 FUNCTIONS = [n for n in GF.__all__ if hasattr(F, n) or hasattr(torch, n)]
@@ -51,10 +49,8 @@ def signatures_of(name: str, ours: Any, theirs: Any) -> None:
 
 
 def test_the_containers_are_torchs_and_nothing_else_is() -> None:
-    assert {
-        "Flatten", "Identity", "Module", "ModuleDict", "ModuleList", "Parameter",
-        "ParameterDict", "ParameterList", "Sequential", "Unflatten",
-    } == CONTAINERS  # fmt: skip
+    torchs = {n for n in gpunn.nn.__all__ if getattr(torch.nn, n, 0) is getattr(gpunn.nn, n)}
+    assert torchs == CONTAINERS
     assert len(NAMESAKES) > 20
     for name in LAYERS:
         assert getattr(gpunn.nn, name).__module__.startswith("gpunn.nn.")
@@ -197,11 +193,60 @@ def test_symbolic_tracing_and_function_transforms() -> None:
             assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
 
 
+def test_accelerate_says_what_it_leaves_and_why() -> None:
+    named = torch.nn.Linear(2, 2)
+    vars(named)["activation"] = "relu"
+    net = torch.nn.ModuleDict(
+        {
+            "named": named,
+            "normed": torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2)),
+            "encoder": torch.nn.TransformerEncoderLayer(2, 1, 4, batch_first=True),
+        }
+    )
+    kept = gpunn.accelerate(net).kept
+    assert "attribute" in kept["named"]
+    assert "parametrization" in kept["normed"]
+    assert "fused path" in kept["encoder"]
+    assert "no such layer" in gpunn.restore(torch.nn.Sequential(gpunn.nn.SwiGLU())).kept["0"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.func's own
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_function_transforms_inside_of_torch_compile(compiler: str, device: str) -> None:
+    """A custom op without an autograd formula would give zeros there."""
+    torch._dynamo.reset()
+    x, weight = torch.randn(4, 6, device=device), torch.randn(3, 6, device=device)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return GF.linear(x, weight, activation="gelu").sum()
+
+    with gpunn.backend("auto"):
+        per_row = torch.func.vmap(torch.func.grad(loss))
+        got = torch.compile(per_row, fullgraph=True, backend=compiler)(x)
+    leaf = x.clone().requires_grad_()
+    F.gelu(F.linear(leaf, weight)).sum().backward()
+    torch.testing.assert_close(got, leaf.grad)
+
+
+def test_floating_point_operations_are_counted(device: str) -> None:
+    """By torch's FlopCounterMode, as of torch's own linear."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.randn(4, 6, device=device, requires_grad=True)
+    counts = []
+    for layer in (gpunn.nn.Linear(6, 8, activation="gelu"), torch.nn.Linear(6, 8)):
+        with FlopCounterMode(display=False) as counter:
+            layer.to(device)(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts == [3 * 2 * 4 * 6 * 8] * 2
+
+
 def test_a_traced_model_keeps_its_dropout() -> None:
     net = torch.fx.symbolic_trace(gpunn.nn.Sequential(gpunn.nn.Linear(4, 400, dropout_p=0.5)))
     assert 0.3 < (net(torch.ones(1, 4)) == 0).double().mean() < 0.7
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_other_devices_and_dtypes_are_torchs(device: str) -> None:
     sparse = torch.tensor([[0.0, -1.0]], device=device).to_sparse()
     ones = torch.ones(2, 3, device=device)
@@ -210,11 +255,19 @@ def test_other_devices_and_dtypes_are_torchs(device: str) -> None:
         assert GF.linear(torch.ones(2, 3, device="meta"), torch.ones(4, 3, device="meta")).is_meta
         assert GF.relu(sparse).to_dense().tolist() == [[0, 0]]
         assert GF.linear(ones, torch.ones(3, device=device)).tolist() == [3, 3]
+        assert GF.linear(ones, ones, ones[0, 0]).tolist() == [[4, 4], [4, 4]]
+        nested = torch.nested.nested_tensor([ones, ones[:1]])
+        parts = GF.linear(nested, ones).unbind()
+        assert [part.tolist() for part in parts] == [[[3, 3], [3, 3]], [[3, 3]]]
+        assert len(GF.relu(nested).unbind()) == 2
     assert [f.reason for f in trace.fallbacks] == [
         f"no kernel for torch.int64 on {device}",
         "meta tensor",
         "torch.sparse_coo tensor",
         "the weight is a vector",
+        "the bias is a scalar",
+        "the input is nested",
+        "nested tensor",
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 import gpunn
 import gpunn.functional as GF
 from closeness import assert_accurate
+from gpunn.check import GATED
 from gpunn.functional.activation import TORCH
 from gpunn.kernels.glu import LAUNCHES, GluLaunch, choose_launch
 from gpunn.reference.glu import glu_backward, glu_forward
@@ -17,14 +18,6 @@ from kit import as_numpy, check_gradients, each_dtype, launched, layouts
 
 BLOCK = GluLaunch().block_cols
 Function = Callable[..., torch.Tensor]
-# The function, and the name of the activation that is its gate.
-GATED: dict[str, tuple[Function, str]] = {
-    "glu": (GF.glu, "sigmoid"),
-    "swiglu": (GF.swiglu, "silu"),
-    "geglu": (GF.geglu, "gelu"),
-    "geglu, tanh": (lambda x, dim=-1: GF.geglu(x, dim, approximate="tanh"), "gelu_tanh"),
-    "reglu": (GF.reglu, "relu"),
-}
 each_gate = pytest.mark.parametrize("name", GATED)
 
 

@@ -84,7 +84,7 @@ def test_dropout_is_the_mask_of_its_seed(activation: str, n_cols: int, device: s
     torch.testing.assert_close(y, expected)
     dy = torch.randn_like(y)
     kept = None if activation == "identity" else saved
-    dz, dbias = backward(dy, kept, seed, activation, [], 0.4, True, True)
+    dz, dbias = backward(dy, kept, seed, activation, [], 0.4, dy.dtype, True, True)
     (expected_dz,) = torch.autograd.grad(expected, z, dy)
     torch.testing.assert_close(dz, expected_dz)
     torch.testing.assert_close(dbias, expected_dz.sum(0))
@@ -259,7 +259,8 @@ def test_autocast_is_torchs(lower: torch.dtype, device: str) -> None:
         ours = GF.linear(x, weight, bias, activation="relu")
         theirs = F.relu(F.linear(x, weight, bias))
         with_residual = GF.linear(x, weight, bias, residual=residual)
-    assert ours.dtype == theirs.dtype == with_residual.dtype == lower
+        assert with_residual.dtype == (F.linear(x, weight, bias) + residual).dtype
+    assert ours.dtype == theirs.dtype == lower
     torch.testing.assert_close(ours, theirs)
     dy = torch.randn_like(ours)
     mine = torch.autograd.grad(ours, [x, weight, bias], dy)
@@ -320,12 +321,47 @@ def test_float32_follows_torchs_tf32_setting() -> None:
         torch.backends.cuda.matmul.fp32_precision = previous
 
 
-def test_negative_slopes_go_to_torch(device: str) -> None:
-    x, weight, bias, _ = operands(4, 8, 4, device)
-    with gpunn.backend("auto"), gpunn.trace() as trace:
-        y = GF.linear(x, weight, bias, activation=("leaky_relu", -0.5))
-    assert "parameters" in trace.fallbacks[0].reason
-    torch.testing.assert_close(y, F.leaky_relu(F.linear(x, weight, bias), -0.5))
+def test_a_slope_that_changes_the_sign(device: str) -> None:
+    """leaky_relu's gradient then needs the input, which is kept instead of the result."""
+    tensors = operands(4, 8, 4, device)[:3]
+    y = GF.linear(*tensors, activation=("leaky_relu", -0.5))
+    expected = F.leaky_relu(F.linear(*tensors), -0.5)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    ours, theirs = (torch.autograd.grad(r, tensors, dy) for r in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_residual_stream_in_float32(device: str) -> None:
+    """The result is in the wider dtype, as that of torch's sum; each gradient in its own."""
+    tensors = operands(6, 8, 4, device, torch.bfloat16)[:3]
+    residual = torch.randn(6, 8, device=device, requires_grad=True)
+    x, weight, bias = tensors
+    for activation in (None, "gelu"):
+        y = GF.linear(x, weight, bias, activation=activation, residual=residual)
+        z = F.linear(x, weight, bias)
+        expected = (z if activation is None else F.gelu(z)) + residual
+        assert y.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+        dy = torch.randn_like(y)
+        wanted = [*tensors, residual]
+        ours, theirs = (torch.autograd.grad(r, wanted, dy) for r in (y, expected))
+        assert [g.dtype for g in ours] == [t.dtype for t in wanted]
+        torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
+
+
+def test_a_frozen_weight_needs_no_input(device: str) -> None:
+    """As in torch, the input may then change before the backward pass, and a double one."""
+    x, weight, bias, residual = operands(6, 8, 4, device)
+    given = x.clone()
+    y = GF.linear(given, weight.detach(), bias, residual=residual)
+    with torch.no_grad():
+        given.zero_()
+    dy = torch.randn_like(y, requires_grad=True)
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    torch.testing.assert_close(dx, dy @ weight)
+    (ddy,) = torch.autograd.grad(dx.sum(), dy)
+    torch.testing.assert_close(ddy, weight.sum(1).expand_as(ddy))
 
 
 def test_runs_are_bit_identical(device: str) -> None:

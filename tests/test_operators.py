@@ -22,7 +22,17 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
         "glu_backward": (wide[:, :3], wide, 1, "silu", []),
         "dropout_factors": (seed, x, 0.5),
         "linear_forward": (x, weight, bias, residual, seed, "gelu", [], 0.5, True),
-        "linear_epilogue_backward": (residual, residual, seed, "gelu", [], 0.5, True, True),
+        "linear_epilogue_backward": (
+            residual,
+            residual,
+            seed,
+            "gelu",
+            [],
+            0.5,
+            torch.float32,
+            True,
+            True,
+        ),
         "linear_input_gradient": (residual, weight),
         "linear_weight_gradient": (residual, x),
     }
@@ -30,5 +40,6 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
 
 @pytest.mark.parametrize("name", sorted(launchers))
 def test_every_registered_op_passes_opcheck(name: str, device: str) -> None:
-    arguments = opcheck_arguments(device)[name]
-    torch.library.opcheck(getattr(torch.ops.gpunn, name).default, arguments)
+    arguments = opcheck_arguments(device)
+    assert name in arguments, f"{name}: add its arguments to opcheck_arguments"
+    torch.library.opcheck(getattr(torch.ops.gpunn, name).default, arguments[name])

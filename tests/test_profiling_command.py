@@ -16,6 +16,7 @@ import torch
 
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.profiling import command, overhead
+from gpunn.profiling.case import CASES
 from gpunn.profiling.static_report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,7 @@ def test_profile_compiles_and_says_that_speed_was_not_measured(
 
 def test_profile_names_the_ops_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(arguments("liner")) == 2
-    assert "no such op: liner; there are linear, activation, glu" in capsys.readouterr().err
+    assert f"no such op: liner; there are {', '.join(CASES)}" in capsys.readouterr().err
     assert command.run(arguments()) == 2
     assert "no op was given" in capsys.readouterr().err
 

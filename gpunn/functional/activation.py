@@ -50,14 +50,8 @@ TWICE_DIFFERENTIABLE = TORCH | {"hardsigmoid": lambda x: F.hardtanh(x, -3.0, 3.0
 
 # The gradients from the output, in differentiable torch operations: (dy, y, *parameters).
 _aten = torch.ops.aten
-_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 TORCH_GRADIENT: dict[str, Callable[..., torch.Tensor]] = {
     "relu": lambda dy, y: _aten.threshold_backward(dy, y, 0),
-    "relu6": _aten.hardtanh_backward,
-    "leaky_relu": lambda dy, y, slope: _aten.leaky_relu_backward(dy, y, slope, True),
-    "elu": lambda dy, y, alpha: _aten.elu_backward(dy, alpha, 1, 1, True, y),
-    "celu": lambda dy, y, alpha: _aten.elu_backward(dy, alpha, 1, 1 / alpha, True, y),
-    "selu": lambda dy, y: _aten.elu_backward(dy, _SELU_ALPHA, _SELU_SCALE, 1, True, y),
     "sigmoid": _aten.sigmoid_backward,
     "tanh": _aten.tanh_backward,
 }
@@ -69,11 +63,17 @@ def resolve_activation(activation: ActivationName) -> tuple[str, list[float]]:
     """Name and parameters of ``None``, ``"relu"`` or ``("leaky_relu", 0.2)``.
 
     Raises:
+        TypeError: neither a name nor a tuple of a name and numbers.
         ValueError: an unknown name, or more parameters than the activation has.
     """
     if activation is None:
         return "identity", []
-    name, *given = (activation,) if isinstance(activation, str) else activation
+    name, *given = (activation,) if not isinstance(activation, tuple) else activation or (None,)
+    if not isinstance(name, str) or not all(isinstance(value, (int, float)) for value in given):
+        raise TypeError(
+            "activation: expected a name, a tuple of a name and its parameters, or None, "
+            f"got {activation!r}"
+        )
     if name not in ACTIVATIONS:
         allowed = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation: unknown name {name!r}; allowed are None and {allowed}")
@@ -123,6 +123,8 @@ def _activate(
     name: str, input: torch.Tensor, parameters: Sequence[float] = (), inplace: bool = False
 ) -> torch.Tensor:
     """f(input) on the kernel where there is one for the case, else on torch's op."""
+    if not all(isinstance(value, (int, float)) for value in parameters):
+        raise TypeError(f"{name}: expected numbers as parameters, got {tuple(parameters)}")
     values = [float(value) for value in parameters]
     _check_parameters(name, values)
     if not is_tensor(name, input):
@@ -131,9 +133,6 @@ def _activate(
         decline(name, "inplace=True")
         return TORCH[name](input, *values, inplace=True)
     if not takes(name, input):
-        return TORCH[name](input, *values)
-    if not ACTIVATIONS[name].limits(*values):
-        decline(name, f"no kernel for the parameters {tuple(values)}")
         return TORCH[name](input, *values)
     if name == "softplus" and input.is_cuda and autocast_is_on(input):
         input = input.float()  # softplus is on autocast's float32 list for CUDA
@@ -155,17 +154,17 @@ def relu6(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
 def leaky_relu(
     input: torch.Tensor, negative_slope: float = 0.01, inplace: bool = False
 ) -> torch.Tensor:
-    """y = x for x > 0, else negative_slope · x. Maas et al. 2013. Negative slopes: torch."""
+    """y = x for x > 0, else negative_slope · x. Maas et al. 2013."""
     return _activate("leaky_relu", input, (negative_slope,), inplace)
 
 
 def elu(input: torch.Tensor, alpha: float = 1.0, inplace: bool = False) -> torch.Tensor:
-    """y = x for x > 0, else alpha (exp(x) - 1). Clevert et al. 2016. Negative alphas: torch."""
+    """y = x for x > 0, else alpha (exp(x) - 1). Clevert et al. 2016."""
     return _activate("elu", input, (alpha,), inplace)
 
 
 def celu(input: torch.Tensor, alpha: float = 1.0, inplace: bool = False) -> torch.Tensor:
-    """y = max(x, 0) + min(0, alpha (exp(x / alpha) - 1)). Barron 2017. Negative alphas: torch."""
+    """y = max(x, 0) + min(0, alpha (exp(x / alpha) - 1)). Barron 2017."""
     return _activate("celu", input, (alpha,), inplace)
 
 

@@ -21,6 +21,24 @@ def is_tensor(operator: str, input: object) -> bool:
     raise TypeError(f"input: {operator} expects a tensor, got {type(input).__name__}")
 
 
+def check_arguments(dropout_p: object, **tensors: object) -> None:
+    """Refuse a probability that is none, and what is neither a tensor nor allowed to be None.
+
+    Raises:
+        TypeError: an argument is not of its type.
+        ValueError: the probability is not in [0, 1].
+    """
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
+    for name, tensor in tensors.items():
+        if tensor is None and name != "weight":
+            continue
+        if not isinstance(tensor, torch.Tensor) and not has_torch_function_unary(tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
 def autocast_is_on(tensor: torch.Tensor) -> bool:
     """Whether autocast is enabled for the tensor's device."""
     if tensor.is_cpu or tensor.is_cuda:

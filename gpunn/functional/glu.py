@@ -9,14 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from gpunn.functional.activation import TORCH
 from gpunn.functional.dispatch import differentiable_gradients, is_tensor
 from gpunn.kernels.glu import glu_backward, glu_forward
 from gpunn.kernels.launch import takes
 
+# The activation that gates each function; with approximate="tanh", geglu's is gelu_tanh.
+GATES = {"glu": "sigmoid", "swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+
 
 def _composed(input: torch.Tensor, dim: int, gate: str) -> torch.Tensor:
+    if gate == "sigmoid":
+        return F.glu(input, dim)
     a, b = input.chunk(2, dim)
     return a * TORCH[gate](b)
 
@@ -68,21 +74,22 @@ def glu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
         IndexError: ``dim`` is not a dimension of the input.
         RuntimeError: the size of that dimension is odd.
     """
-    return _gated("glu", input, dim, "sigmoid")
+    return _gated("glu", input, dim, GATES["glu"])
 
 
 def swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """y = a silu(b); otherwise as ``glu``."""
-    return _gated("swiglu", input, dim, "silu")
+    return _gated("swiglu", input, dim, GATES["swiglu"])
 
 
 def geglu(input: torch.Tensor, dim: int = -1, approximate: str = "none") -> torch.Tensor:
     """y = a gelu(b), with gelu's ``approximate``; otherwise as ``glu``."""
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")
-    return _gated("geglu", input, dim, "gelu" if approximate == "none" else "gelu_tanh")
+    gate = GATES["geglu"] if approximate == "none" else "gelu_tanh"
+    return _gated("geglu", input, dim, gate)
 
 
 def reglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """y = a relu(b); otherwise as ``glu``."""
-    return _gated("reglu", input, dim, "relu")
+    return _gated("reglu", input, dim, GATES["reglu"])

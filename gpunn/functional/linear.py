@@ -9,14 +9,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpunn.functional.activation import TWICE_DIFFERENTIABLE, ActivationName, resolve_activation
+from gpunn.functional.activation import (
+    TORCH,
+    TWICE_DIFFERENTIABLE,
+    ActivationName,
+    resolve_activation,
+)
 from gpunn.functional.dispatch import (
     autocast_is_on,
     autocast_to_lower,
+    check_arguments,
     differentiable_gradients,
     is_tensor,
 )
-from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.dropout import dropout_factors
 from gpunn.kernels.launch import chosen_backend, decline, record_fallback, takes
 from gpunn.kernels.linear import (
@@ -28,23 +33,30 @@ from gpunn.kernels.linear import (
 )
 from gpunn.kernels.philox import draw_seed
 
+Dropout = Callable[[torch.Tensor], torch.Tensor] | None
+
 
 def _composed(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    name: str,
-    parameters: list[float],
-    dropout: Callable[[torch.Tensor], torch.Tensor] | None,
+    activation: Callable[[torch.Tensor], torch.Tensor] | None,
+    dropout: Dropout,
 ) -> torch.Tensor:
     """linear in torch's own operations."""
     y = F.linear(input, weight, bias)
-    if name != "identity":
-        y = TWICE_DIFFERENTIABLE[name](y, *parameters)
+    if activation is not None:
+        y = activation(y).to(y.dtype)  # which autocast may have widened
     if dropout is not None:
         y = dropout(y)
     return y if residual is None else y + residual
+
+
+def _applied(
+    function: Callable[..., torch.Tensor], parameters: list[float], z: torch.Tensor
+) -> torch.Tensor:
+    return function(z, *parameters)
 
 
 class _Linear(torch.autograd.Function):
@@ -63,41 +75,56 @@ class _Linear(torch.autograd.Function):
         y, saved = linear_forward(
             x, weight, bias, residual, seed, name, parameters, dropout_p, True
         )
-        kept = {"nothing": None, "y": y, "saved": saved}
         has_residual = residual is not None  # its value is not needed: its gradient is dy
-        ctx.save_for_backward(x, weight, bias, seed, kept[saves(name, dropout_p, has_residual)])
+        kind = saves(name, parameters, dropout_p, has_residual)
+        # The gradient of a double backward needs x wherever dz depends on it.
+        needs_x = ctx.needs_input_grad[1] or kind != "nothing"
+        kept = {"nothing": None, "y": y, "saved": saved}[kind]
+        ctx.save_for_backward(x if needs_x else None, weight, bias, seed, kept)
         ctx.name, ctx.parameters, ctx.dropout_p = name, parameters, dropout_p
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, seed, saved = ctx.saved_tensors
+        x, weight, _, seed, saved = ctx.saved_tensors
         name, parameters, dropout_p = ctx.name, ctx.parameters, ctx.dropout_p
         needed = ctx.needs_input_grad[:3]
         dresidual = dy if ctx.needs_input_grad[3] else None
         if torch.is_grad_enabled():
-            dropout = None
-            if seed is not None:
-                dropout = partial(torch.mul, dropout_factors(seed, dy.detach(), dropout_p))
-            gradients = differentiable_gradients(
-                lambda x, w, b: _composed(x, w, b, None, name, parameters, dropout),
-                (x, weight, bias),
-                needed,
-                dy,
-            )
-            return (*gradients, dresidual, None, None, None)
-        changes = saved is not None or seed is not None
+            return (*_differentiable(ctx, dy, needed), dresidual, None, None, None)
+        changes = saved is not None or seed is not None or dy.dtype != weight.dtype
         needs_dz = changes and (needed[0] or needed[1])
         dz, dbias = dy, None
         if needs_dz or needed[2]:
             epilogue = linear_epilogue_backward(
-                dy, saved, seed, name, parameters, dropout_p, needs_dz, needed[2]
+                dy, saved, seed, name, parameters, dropout_p, weight.dtype, needs_dz, needed[2]
             )
             dz = epilogue[0] if needs_dz else dy
             dbias = epilogue[1] if needed[2] else None
         dx = linear_input_gradient(dz, weight) if needed[0] else None
         dweight = linear_weight_gradient(dz, x) if needed[1] else None
         return dx, dweight, dbias, dresidual, None, None, None
+
+
+def _differentiable(
+    ctx: Any, dy: torch.Tensor, needed: tuple[bool, ...]
+) -> list[torch.Tensor | None]:
+    """The gradients of x, weight and bias by differentiable torch operations."""
+    x, weight, bias, seed, _ = ctx.saved_tensors
+    if x is None:  # linear in x, and the weight wants no gradient: its value does not matter
+        x = weight.new_zeros((*dy.shape[:-1], weight.shape[1])).requires_grad_()
+    activation, dropout = None, None
+    if ctx.name != "identity":
+        activation = partial(_applied, TWICE_DIFFERENTIABLE[ctx.name], ctx.parameters)
+    if seed is not None:
+        factors = dropout_factors(seed, dy.detach(), ctx.dropout_p).to(weight.dtype)
+        dropout = partial(torch.mul, factors)
+    return differentiable_gradients(
+        lambda x, weight, bias: _composed(x, weight, bias, None, activation, dropout),
+        (x, weight, bias),
+        needed,
+        dy.to(weight.dtype),
+    )
 
 
 def _check(
@@ -107,7 +134,11 @@ def _check(
     residual: torch.Tensor | None,
 ) -> None:
     """Refuse what cannot be computed, naming the argument, what was given and what is allowed."""
-    given, (n_cols, n_inner) = input.shape, _shape_of_matrix(weight)
+    if weight.dim() != 2:
+        raise RuntimeError(
+            f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
+        )
+    given, (n_cols, n_inner) = input.shape, weight.shape
     if not given or given[-1] != n_inner:
         raise RuntimeError(
             f"input: expected shape (*, {n_inner}) for a weight of shape {(n_cols, n_inner)}, "
@@ -120,20 +151,25 @@ def _check(
         raise RuntimeError(f"residual: expected shape {expected}, got {tuple(residual.shape)}")
     dtype, device = input.dtype, input.device
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is not None and tensor.dtype != dtype:
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype and tensor is not residual:
             raise RuntimeError(f"{name}: expected dtype {dtype}, that of input, got {tensor.dtype}")
-        if tensor is not None and tensor.device != device:
+        if tensor.device != device:
             raise RuntimeError(
                 f"{name}: expected device {device}, that of input, got {tensor.device}"
             )
 
 
-def _shape_of_matrix(weight: torch.Tensor) -> torch.Size:
-    if weight.dim() != 2:
-        raise RuntimeError(
-            f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
-        )
-    return weight.shape
+def _special(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """What of torch's linear no kernel covers, and ``_check`` need not know."""
+    if input.is_nested:
+        return "the input is nested"
+    if weight.dim() == 1:
+        return "the weight is a vector"
+    if bias is not None and bias.numel() == 1 and bias.shape != weight.shape[:1]:
+        return "the bias is a scalar"
+    return None
 
 
 def linear(
@@ -151,48 +187,50 @@ def linear(
     Args:
         input: x, of shape (*, K), with any strides.
         weight: W, (N, K); a vector (K,) is left to torch.
-        bias: b, (N,), or None.
+        bias: b, (N,), or None; a scalar is left to torch.
         activation: f, by name, or a tuple of the name and its parameters, such as
             ``("leaky_relu", 0.2)``; None is the identity. The names are the keys of
             ``gpunn.kernels.activation.ACTIVATIONS``.
-        residual: (*, N), added last.
+        residual: (*, N), added last; it may be of another dtype, as a residual stream kept in
+            float32 is, and the result is then in the wider one.
         dropout_p: the probability with which an element of f(…) is dropped; the others are
             multiplied by 1 / (1 - dropout_p).
         training: whether dropout is applied.
 
     Returns:
-        y, of shape (*, N), in the dtype of input (under autocast, in autocast's).
+        y, of shape (*, N), in the dtype of input (under autocast, in autocast's), or wider.
 
     Under ``backend("auto")`` a linear with nothing to fuse is PyTorch's (on a GPU, cuBLAS), and so
     is the product where absorbing the epilogue should cost more than it saves; the trace tells.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit each other.
+        TypeError: an argument is not of its type.
         ValueError: an unknown activation, or a dropout_p outside of [0, 1].
     """
     name, parameters = resolve_activation(activation)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
+    check_arguments(weight=weight, bias=bias, residual=residual, dropout_p=dropout_p)
     dropout_p = dropout_p if training else 0.0
-    dropout = partial(F.dropout, p=dropout_p) if dropout_p > 0 else None
+
+    def by_torch() -> torch.Tensor:
+        function = None if name == "identity" else partial(_applied, TORCH[name], parameters)
+        dropout = partial(F.dropout, p=dropout_p) if dropout_p > 0 else None
+        return _composed(input, weight, bias, residual, function, dropout)
+
     if not is_tensor("linear", input):
-        return _composed(input, weight, bias, residual, name, parameters, dropout)
+        return by_torch()
     if autocast_is_on(input):
-        input, weight, bias, residual = autocast_to_lower(input, weight, bias, residual)  # type: ignore[assignment]
-    if weight.dim() == 1:
-        decline("linear", "the weight is a vector")
-        return _composed(input, weight, bias, residual, name, parameters, dropout)
+        input, weight, bias = autocast_to_lower(input, weight, bias)  # type: ignore[assignment]
+    if (reason := _special(input, weight, bias)) is not None:
+        decline("linear", reason)
+        return by_torch()
     _check(input, weight, bias, residual)
-    on_kernel = takes("linear", input, weight, bias, residual)
-    if on_kernel and not ACTIVATIONS[name].limits(*parameters):
-        decline("linear", f"no kernel for {name} with the parameters {tuple(parameters)}")
-        on_kernel = False
+    if not takes("linear", input, weight, bias, residual):
+        return by_torch()
     bare = name == "identity" and residual is None and dropout_p == 0
-    if on_kernel and bare and chosen_backend() == "auto":
+    if bare and chosen_backend() == "auto":
         record_fallback("linear", "nothing to fuse: PyTorch's product")
         return F.linear(input, weight, bias)
-    if not on_kernel:
-        return _composed(input, weight, bias, residual, name, parameters, dropout)
     tensors = (input, weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Linear.apply(*tensors, name, parameters, dropout_p)  # type: ignore[no-any-return]

@@ -1,0 +1,54 @@
+"""Numerical building blocks for any kernel: types to compute in, NaN, accuracy near zero.
+
+Device functions on a tile in registers: no loads, no stores, no parameters of an op. The hardware's
+maximum drops NaN, and ``exp(x) - 1`` and ``log(1 + x)`` lose every digit near zero; these do not.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def widen(x):
+    """The type to compute in: float32, or float64 for float64."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def nan_max(x, low):
+    """max(x, low) that keeps NaN, which the hardware's maximum drops."""
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def nan_min(x, high):
+    """min(x, high) that keeps NaN."""
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def tanh_small(x):
+    """tanh(x) for |x| <= 1/2: its continued fraction x/(1 + x²/(3 + x²/(5 + …))), 7 levels."""
+    z = x * x
+    numerator = x * (135135 + z * (17325 + z * (378 + z)))
+    return numerator / (135135 + z * (62370 + z * (3150 + z * 28)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1; near zero as 2 t / (1 - t) with t = tanh(x / 2)."""
+    t = tanh_small(nan_min(nan_max(x, -1.0), 1.0) * 0.5)
+    return tl.where(tl.abs(x) < 1, 2 * t / (1 - t), tl.exp(x) - 1)
+
+
+@triton.jit
+def log1p_unit(x):
+    """log(1 + x) for 0 <= x <= 1; below 1/2 as 2 artanh(x / (2 + x))."""
+    s = x / (2 + x)
+    z = s * s
+    series = 1.0 / 21 + z * (1.0 / 23)
+    for k in tl.static_range(10):
+        series = 1.0 / (19 - 2 * k) + z * series
+    return tl.where(x < 0.5, 2 * s * series, tl.log(1 + x))
