@@ -6,6 +6,7 @@ order of the halves all the variants follow: the gate f is applied to the second
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.activation import ACTIVATIONS, device_functions, gradient_functions
+from gpunn.kernels.elementwise import in_memory_order_of
 from gpunn.kernels.launch import Launch, cdiv, operator, run
 from gpunn.kernels.numeric import widen
 
@@ -76,12 +78,35 @@ def glu_backward_kernel(
     tl.store(dx_ptr + half + first, db.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+def _order(x: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of x as they follow each other in memory: channels last, or as they are."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return (0, 2, 3, 1)
+    return tuple(range(x.dim()))
+
+
+def _ordered(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, int]:
+    """x, contiguous, with its dimensions in ``_order``, and where ``dim`` has gone."""
+    order = _order(x)
+    return x.permute(order).contiguous(), order.index(dim)
+
+
+def _empty(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """An empty tensor with this shape and with x's order in memory."""
+    order = _order(x)
+    empty = x.new_empty([shape[i] for i in order])
+    return empty.permute([order.index(i) for i in range(x.dim())])
+
+
+def _half_of(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """An empty tensor with half of x's size in ``dim``, and x's order in memory."""
+    return _empty(x, [size // 2 if i == dim else size for i, size in enumerate(x.shape)])
+
+
 def _glu_forward_fake(
     x: torch.Tensor, dim: int, activation: str, parameters: list[float]
 ) -> torch.Tensor:
-    shape = list(x.shape)
-    shape[dim] //= 2
-    return x.new_empty(shape)
+    return _half_of(x, dim)
 
 
 @operator(
@@ -91,17 +116,21 @@ def _glu_forward_fake(
 def glu_forward(
     x: torch.Tensor, dim: int, activation: str, parameters: list[float]
 ) -> torch.Tensor:
-    """y = a f(b), a and b the halves of x along ``dim`` (not negative); y is contiguous."""
+    """y = a f(b), a and b the halves of x along ``dim`` (not negative).
+
+    y is channels_last where x is, else contiguous.
+    """
     y = _glu_forward_fake(x, dim, activation, parameters)
-    half = y.shape[dim:].numel()
     if y.numel():
+        x, dim = _ordered(x, dim)
+        half = x.shape[dim:].numel() // 2
         launch, n_rows = choose_launch(half), y.numel() // half
         n_across = cdiv(half, launch.block_cols)
         run(
             "glu_forward",
             glu_forward_kernel,
             (cdiv(n_rows, launch.block_rows) * n_across,),
-            x.contiguous(),
+            x,
             y,
             half,
             n_rows,
@@ -115,7 +144,7 @@ def glu_forward(
 def _glu_backward_fake(
     dy: torch.Tensor, x: torch.Tensor, dim: int, activation: str, parameters: list[float]
 ) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _empty(x, x.shape)
 
 
 @operator(
@@ -125,18 +154,20 @@ def _glu_backward_fake(
 def glu_backward(
     dy: torch.Tensor, x: torch.Tensor, dim: int, activation: str, parameters: list[float]
 ) -> torch.Tensor:
-    """The gradient of x = (a, b): da = dy f(b), db = dy a f'(b)."""
+    """The gradient of x = (a, b): da = dy f(b), db = dy a f'(b); channels_last where x is."""
     dx = _glu_backward_fake(dy, x, dim, activation, parameters)
-    half = dy.shape[dim:].numel()
     if dx.numel():
+        dy = in_memory_order_of(dy, _half_of(x, dim))
+        x, dim = _ordered(x, dim)
+        half = x.shape[dim:].numel() // 2
         launch, n_rows = choose_launch(half), dy.numel() // half
         n_across = cdiv(half, launch.block_cols)
         run(
             "glu_backward",
             glu_backward_kernel,
             (cdiv(n_rows, launch.block_rows) * n_across,),
-            dy.contiguous(),
-            x.contiguous(),
+            dy,
+            x,
             dx,
             half,
             n_rows,

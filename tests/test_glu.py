@@ -106,6 +106,16 @@ def test_every_tile(launch: GluLaunch, missing: int, device: str) -> None:
     assert_both_accurate("swiglu", x, dy, -1)
 
 
+@pytest.mark.parametrize("dim", range(4))
+def test_channels_last_in_channels_last_out(dim: int, device: str) -> None:
+    x = drawn((2, 6, 4, 8), device).to(memory_format=torch.channels_last)
+    dy = drawn(halved(x.shape, dim), device)
+    y, dx = value_and_gradient(GF.glu, x, dy, dim)
+    assert y.stride() == torch.nn.functional.glu(x, dim).stride()
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+    assert_both_accurate("glu", x, dy, dim)
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 4, 0)], ids=str)
 def test_no_elements(shape: tuple[int, ...], device: str) -> None:
     x = torch.empty(shape, device=device)

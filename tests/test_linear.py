@@ -166,6 +166,38 @@ def test_every_launch_configuration(
     assert {r.launch for r in trace.launches if r.kernel == "matmul_kernel"} == {launch}
 
 
+def test_who_is_read_by_descriptor(device: str) -> None:
+    """TMA wants 16-byte aligned rows, one dimension contiguous, and rows that do not overlap."""
+    hopper = Device(90, 132)
+    matrix = torch.zeros(32, 64, dtype=torch.bfloat16, device=device)
+    overlapping = matrix.view(-1).unfold(0, 64, 16)
+    cases = {
+        "inner": [matrix, matrix[:, :40], matrix[::2]],
+        "rows": [matrix.T, matrix[:, :40].T],
+        "pointer": [
+            matrix[:, 1:],
+            matrix[:, ::2],
+            matrix[:, :63].contiguous(),
+            matrix[:1].expand(32, 64),
+            matrix[:, :0],
+            overlapping,
+        ],
+    }
+    for layout, matrices in cases.items():
+        assert [product.layout_of(m, hopper) for m in matrices] == [layout] * len(matrices)
+    assert product.layout_of(matrix, Device(80, 108)) == "pointer"
+
+
+def test_tiles_fit_the_chip() -> None:
+    """A consumer Blackwell has 99 KiB of shared memory for a block, not 227."""
+    problem = product.Product(
+        8192, 8192, 1024, torch.bfloat16, "ieee", True, False, Device(120, 170, 101376)
+    )
+    launch = product.choose_launch(problem)
+    assert product.fits(launch, problem)
+    assert not product.fits(product.DESCRIPTOR_TILES_16_BIT[0], problem)
+
+
 def test_the_choice_of_tiles() -> None:
     """Large tiles for large products; parts for few tiles; never the widest tile with dropout."""
     hopper = Device(90, 132)
