@@ -206,6 +206,24 @@ def test_bad_input_is_refused_before_anything_runs(
     assert not trace.launches
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": [1.0]}, "input: linear expects a tensor, got list"),
+        ({"weight": None}, "weight: linear expects a tensor, got NoneType"),
+        ({"bias": 1.0}, "bias: expected a tensor, got float"),
+        ({"residual": 2}, "residual: expected a tensor, got int"),
+        ({"dropout_p": "a"}, "dropout_p: expected a number, got str"),
+        ({"activation": F.relu}, "activation: expected a name.*got <function"),
+        ({"activation": ()}, r"activation: expected a name.*got \(\)"),
+        ({"activation": ("elu", "x")}, "activation: expected a name.*'x'"),
+    ],
+)
+def test_what_is_not_of_its_type_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        GF.linear(**{"input": torch.zeros(2, 4), "weight": torch.zeros(3, 4), **change})
+
+
 def mlp(device: str) -> torch.nn.Module:
     return gpunn.nn.Sequential(
         gpunn.nn.Linear(12, 20, activation="gelu"),

@@ -68,6 +68,8 @@ def resolve_activation(activation: ActivationName) -> tuple[str, list[float]]:
     """
     if activation is None:
         return "identity", []
+    if isinstance(activation, str) and activation in ACTIVATIONS:
+        return activation, list(ACTIVATIONS[activation].defaults)
     name, *given = (activation,) if not isinstance(activation, tuple) else activation or (None,)
     if not isinstance(name, str) or not all(isinstance(value, (int, float)) for value in given):
         raise TypeError(

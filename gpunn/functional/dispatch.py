@@ -8,8 +8,8 @@ import torch
 from torch.overrides import has_torch_function_unary
 
 
-def is_tensor(operator: str, input: object) -> bool:
-    """Whether ``input`` is a tensor; False for a stand-in, such as torch.fx's, that acts as one.
+def is_tensor(operator: str, input: object, name: str = "input") -> bool:
+    """Whether an argument is a tensor; False for a stand-in, such as torch.fx's, that acts as one.
 
     Raises:
         TypeError: it is neither.
@@ -18,7 +18,7 @@ def is_tensor(operator: str, input: object) -> bool:
         return True
     if has_torch_function_unary(input):
         return False
-    raise TypeError(f"input: {operator} expects a tensor, got {type(input).__name__}")
+    raise TypeError(f"{name}: {operator} expects a tensor, got {type(input).__name__}")
 
 
 def check_arguments(dropout_p: object, **tensors: object) -> None:

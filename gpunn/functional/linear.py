@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,30 +32,29 @@ from gpunn.kernels.linear import (
 )
 from gpunn.kernels.philox import draw_seed
 
-Dropout = Callable[[torch.Tensor], torch.Tensor] | None
-
 
 def _composed(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    activation: Callable[[torch.Tensor], torch.Tensor] | None,
-    dropout: Dropout,
+    name: str,
+    parameters: list[float],
+    dropout_p: float = 0.0,
+    factors: torch.Tensor | None = None,
+    table: dict[str, Callable[..., torch.Tensor]] = TORCH,
 ) -> torch.Tensor:
-    """linear in torch's own operations."""
+    """linear in torch's own operations, with a fresh dropout or with the factors of an old one."""
     y = F.linear(input, weight, bias)
-    if activation is not None:
-        y = activation(y).to(y.dtype)  # which autocast may have widened
-    if dropout is not None:
-        y = dropout(y)
+    if name != "identity":
+        z, y = y, table[name](y, *parameters)
+        if name == "softplus":  # which autocast widens on CUDA
+            y = y.to(z.dtype)
+    if factors is not None:
+        y = y * factors
+    elif dropout_p > 0:
+        y = F.dropout(y, dropout_p)
     return y if residual is None else y + residual
-
-
-def _applied(
-    function: Callable[..., torch.Tensor], parameters: list[float], z: torch.Tensor
-) -> torch.Tensor:
-    return function(z, *parameters)
 
 
 class _Linear(torch.autograd.Function):
@@ -113,14 +111,14 @@ def _differentiable(
     x, weight, bias, seed, _ = ctx.saved_tensors
     if x is None:  # linear in x, and the weight wants no gradient: its value does not matter
         x = weight.new_zeros((*dy.shape[:-1], weight.shape[1])).requires_grad_()
-    activation, dropout = None, None
-    if ctx.name != "identity":
-        activation = partial(_applied, TWICE_DIFFERENTIABLE[ctx.name], ctx.parameters)
+    factors = None
     if seed is not None:
         factors = dropout_factors(seed, dy.detach(), ctx.dropout_p).to(weight.dtype)
-        dropout = partial(torch.mul, factors)
+    name, parameters = ctx.name, ctx.parameters
     return differentiable_gradients(
-        lambda x, weight, bias: _composed(x, weight, bias, None, activation, dropout),
+        lambda x, weight, bias: _composed(
+            x, weight, bias, None, name, parameters, 0.0, factors, TWICE_DIFFERENTIABLE
+        ),
         (x, weight, bias),
         needed,
         dy.to(weight.dtype),
@@ -161,13 +159,17 @@ def _check(
             )
 
 
+def _may_be(tensor: object) -> bool:
+    return tensor is None or isinstance(tensor, torch.Tensor)
+
+
 def _special(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     """What of torch's linear no kernel covers, and ``_check`` need not know."""
     if input.is_nested:
         return "the input is nested"
     if weight.dim() == 1:
         return "the weight is a vector"
-    if bias is not None and bias.numel() == 1 and bias.shape != weight.shape[:1]:
+    if bias is not None and (bias.dim() == 0 or bias.shape == (1,) != weight.shape[:1]):
         return "the bias is a scalar"
     return None
 
@@ -209,24 +211,20 @@ def linear(
         ValueError: an unknown activation, or a dropout_p outside of [0, 1].
     """
     name, parameters = resolve_activation(activation)
-    check_arguments(weight=weight, bias=bias, residual=residual, dropout_p=dropout_p)
+    is_probability = type(dropout_p) is float and 0 <= dropout_p <= 1
+    if not (is_probability and _may_be(bias) and _may_be(residual)):
+        check_arguments(weight=weight, bias=bias, residual=residual, dropout_p=dropout_p)
     dropout_p = dropout_p if training else 0.0
-
-    def by_torch() -> torch.Tensor:
-        function = None if name == "identity" else partial(_applied, TORCH[name], parameters)
-        dropout = partial(F.dropout, p=dropout_p) if dropout_p > 0 else None
-        return _composed(input, weight, bias, residual, function, dropout)
-
-    if not is_tensor("linear", input):
-        return by_torch()
+    if not (is_tensor("linear", input) and is_tensor("linear", weight, "weight")):
+        return _composed(input, weight, bias, residual, name, parameters, dropout_p)
     if autocast_is_on(input):
         input, weight, bias = autocast_to_lower(input, weight, bias)  # type: ignore[assignment]
     if (reason := _special(input, weight, bias)) is not None:
         decline("linear", reason)
-        return by_torch()
+        return _composed(input, weight, bias, residual, name, parameters, dropout_p)
     _check(input, weight, bias, residual)
     if not takes("linear", input, weight, bias, residual):
-        return by_torch()
+        return _composed(input, weight, bias, residual, name, parameters, dropout_p)
     bare = name == "identity" and residual is None and dropout_p == 0
     if bare and chosen_backend() == "auto":
         record_fallback("linear", "nothing to fuse: PyTorch's product")
