@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,3 +291,11 @@ def test_data_parallel_training_gives_the_gradients_of_one_process(device: str) 
             torch.testing.assert_close(parameter.grad, gradient)
     finally:
         dist.destroy_process_group()
+
+
+def test_the_readmes_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    with gpunn.backend("auto"):
+        exec(compile(example, "README.md", "exec"), {})
+    assert "linear" in capsys.readouterr().out
