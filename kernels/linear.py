@@ -16,7 +16,7 @@ from gpunn.kernels.activation import ACTIVATIONS, gradient_functions
 from gpunn.kernels.launch import cdiv, device_of, operator, run
 from gpunn.kernels.matmul import epilogue_backward_kernel
 from gpunn.kernels.philox import dropout_arguments
-from gpunn.kernels.product import Epilogue, EpilogueLaunch, product
+from gpunn.kernels.product import EPILOGUE_LAUNCH, Epilogue, product
 
 
 def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ def _epilogue_backward(
     functions: dict[str, Any],
 ) -> torch.Tensor | None:
     """Launch ``epilogue_backward_kernel`` on matrices; the partial sums of dbias, if wanted."""
-    (n_rows, n_cols), launch = dy.shape, EpilogueLaunch()
+    (n_rows, n_cols), launch = dy.shape, EPILOGUE_LAUNCH
     n_across = cdiv(n_cols, launch.block_cols)
     # Four programs a multiprocessor keep enough loads in flight; not measured.
     wanted = max(1, 4 * device_of(dy).n_multiprocessors // n_across)

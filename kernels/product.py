@@ -45,6 +45,9 @@ class EpilogueLaunch(Launch):
     block_cols: int = 128
 
 
+EPILOGUE_LAUNCH = EpilogueLaunch()  # 8 elements a thread, in rows of 256 bytes; not measured
+
+
 @dataclass
 class Epilogue:
     """What follows a product, y = dropout(f(product + bias)) + residual, and where it goes."""
@@ -110,7 +113,7 @@ TILES_TF32 = (
 )
 # Without tensor cores the operands stand in registers, so the tiles are small.
 TILES_IEEE = (
-    MatmulLaunch(8, 2, block_rows=64, block_cols=64, block_inner=16),
+    MatmulLaunch(8, 3, block_rows=32, block_cols=64, block_inner=16),
     MatmulLaunch(4, 3, block_rows=32, block_cols=32, block_inner=16),
 )
 MOST_PARTS = 16
@@ -273,7 +276,7 @@ def multiply(
 def finish(name: str, partials: torch.Tensor, epilogue: Epilogue) -> None:
     """Launch ``epilogue_kernel`` on partial products (n_parts, n_rows, n_cols)."""
     n_parts, n_rows, n_cols = partials.shape
-    launch = EpilogueLaunch()
+    launch = EPILOGUE_LAUNCH
     n_programs = cdiv(n_rows, launch.block_rows) * cdiv(n_cols, launch.block_cols)
     run(
         name,

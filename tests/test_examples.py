@@ -66,7 +66,7 @@ def test_the_quick_demo_as_a_user_runs_it(digits_mlp: ModuleType, tmp_path: Path
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "3 × linear  torch  cpu tensor and TRITON_INTERPRET is not 1" in done.stdout
+    assert "3 × linear  torch  cpu tensor, and TRITON_INTERPRET is not 1" in done.stdout
     last = done.stdout.splitlines()[-1]
     said = re.fullmatch(r"Held-out accuracy: ([\d.]+)% \(expected: at least ([\d.]+)%\)", last)
     assert said, last
