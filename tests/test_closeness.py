@@ -79,7 +79,7 @@ def test_refuses_a_truth_that_is_all_but_zero() -> None:
 
 
 def test_refuses_a_tolerance_that_would_pass_zeros() -> None:
-    exact = np.linspace(0.1, 1, 5)
+    exact = np.asarray(np.linspace(0.1, 1, 5), dtype=np.float64)
     bad_baseline = torch.from_numpy(exact).float() * 0.8
     with pytest.raises(AssertionError, match="shows nothing: PyTorch's own result is off by 2"):
         assert_accurate(torch.from_numpy(exact).float(), exact, bad_baseline)
