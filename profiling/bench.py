@@ -24,14 +24,8 @@ import torch._functorch.config
 
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.kernels.launch import backend
-from gpunn.profiling.case import (
-    CASES,
-    Case,
-    Function,
-    Tensors,
-    difference,
-    tolerated_difference,
-)
+from gpunn.profiling.case import Case, Function, Tensors, difference, tolerated_difference
+from gpunn.profiling.cases import CASES
 from gpunn.profiling.results import CONTENDERS, TIME_RAN_OUT, Results, Roof, Row, Timing
 
 Call = Callable[[], Tensors]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpunn.check import as_numpy
+from gpunn.checks.comparison import as_numpy
 from gpunn.reference.closeness import judge
 
 

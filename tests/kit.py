@@ -10,15 +10,17 @@ import torch
 
 import gpunn
 import gpunn.functional
-from gpunn.check import DTYPES
-from gpunn.check import as_numpy as as_numpy  # the tests' too
+from gpunn.checks.comparison import DTYPES
+from gpunn.checks.comparison import as_numpy as as_numpy  # the tests' too
+from gpunn.kernels import host
+from gpunn.kernels.cuda import CudaKernel
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.kernels.launch import LaunchRecord
 
 # The stem of every op: the files of gpunn/functional, without what the ops share.
 OPS = sorted(
     {path.stem for path in Path(gpunn.functional.__file__).parent.glob("*.py")}
-    - {"__init__", "dispatch"}
+    - {"__init__", "dispatch", "differentiable_pooling", "window"}
 )
 # What gpunn.nn re-exports from torch.nn.
 CONTAINERS = {
@@ -44,6 +46,14 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+
+
+class CudaText(CudaKernel):
+    """A CUDA C++ kernel whose source stands in a test."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__("text.cu", name)
+        self.source = host.with_includes(text)
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:

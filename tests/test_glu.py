@@ -10,7 +10,7 @@ import torch
 import gpunn
 import gpunn.functional as GF
 from closeness import assert_accurate
-from gpunn.check import GATED
+from gpunn.checks.glu import GATED
 from gpunn.functional.activation import TORCH
 from gpunn.kernels.glu import LAUNCHES, GluLaunch, choose_launch
 from gpunn.reference.glu import glu_backward, glu_forward

@@ -18,7 +18,8 @@ import torch
 import gpunn
 from gpunn.kernels.launch import device_of
 from gpunn.profiling import bench, command, results
-from gpunn.profiling.case import CASES, Case, difference, tolerated_difference
+from gpunn.profiling.case import Case, difference, tolerated_difference
+from gpunn.profiling.cases import CASES
 from gpunn.profiling.results import Roof, Row, Timing
 from kit import OPS
 

@@ -16,7 +16,7 @@ import torch
 
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.profiling import command, overhead
-from gpunn.profiling.case import CASES
+from gpunn.profiling.cases import CASES
 from gpunn.profiling.static_report import Report
 
 ROOT = Path(__file__).resolve().parent.parent

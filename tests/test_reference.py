@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from gpunn.check import GATED
+from gpunn.checks.glu import GATED
 from gpunn.functional.activation import TORCH
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.reference.activation import ACTIVATIONS as REFERENCES

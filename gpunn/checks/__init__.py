@@ -1,0 +1,16 @@
+"""What ``gpunn check`` checks: for every op, its cases against the NumPy reference.
+
+To add an op: a file of its name here, whose ``CHECKS`` need ``compare`` and the reference and
+hardly more, and an entry below.
+"""
+
+from gpunn.checks import activation, dropout, glu, linear, pooling
+from gpunn.checks.comparison import Check
+
+CHECKS: dict[str, list[Check]] = {
+    "activation": activation.CHECKS,
+    "dropout": dropout.CHECKS,
+    "glu": glu.CHECKS,
+    "linear": linear.CHECKS,
+    "pooling": pooling.CHECKS,
+}

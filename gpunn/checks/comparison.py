@@ -1,0 +1,66 @@
+"""What a check is made of: ours, PyTorch's and the exact result of one case, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Comparison = tuple[str, torch.Tensor, Array, torch.Tensor]
+"""The name of a result, ours, the exact one, and PyTorch's in the same dtype."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SEED = 20240229
+
+
+@dataclass(frozen=True)
+class Check:
+    """One case of an op."""
+
+    op: str
+    case: str
+    run: Callable[[torch.dtype, str], list[Comparison]]
+    """Computes the case in a dtype on a device: the value, and each gradient."""
+    kernels: tuple[str, ...] = ()
+    """Kernels that must have run, where that any did is not enough."""
+
+
+def as_numpy(tensor: torch.Tensor) -> Array:
+    """The values in float64: what a reference takes."""
+    return tensor.detach().double().cpu().numpy()
+
+
+def drawn(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Normal numbers, the same ones on every device."""
+    return torch.randn(tuple(shape)).to(device, dtype)
+
+
+def compare(
+    ours: Callable[..., torch.Tensor],
+    theirs: Callable[..., torch.Tensor],
+    exact: Callable[..., dict[str, Array]],
+    inputs: Sequence[torch.Tensor],
+) -> list[Comparison]:
+    """The value and the gradients of an op with a random upstream gradient.
+
+    Args:
+        ours, theirs: gpunn's function and PyTorch's, of ``inputs``.
+        exact: of dy and ``inputs`` in NumPy, the value and the gradient of each, by name.
+        inputs: the tensors to differentiate by.
+    """
+    leaves = [[tensor.detach().requires_grad_() for tensor in inputs] for _ in range(2)]
+    y, torch_y = ours(*leaves[0]), theirs(*leaves[1])
+    dy = drawn(y.shape, y.dtype, str(y.device))
+    got = [y, *torch.autograd.grad(y, leaves[0], dy)]
+    baseline = [torch_y, *torch.autograd.grad(torch_y, leaves[1], dy)]
+    return named(got, exact(as_numpy(dy), *map(as_numpy, inputs)), baseline)
+
+
+def named(
+    got: Sequence[torch.Tensor], truth: dict[str, Array], baseline: Sequence[torch.Tensor]
+) -> list[Comparison]:
+    """Results in the order of ``truth``, with its names."""
+    return list(zip(truth, got, truth.values(), baseline, strict=True))

@@ -1,0 +1,17 @@
+"""All that is benchmarked, in the order in which it is measured when time may run out."""
+
+from __future__ import annotations
+
+from gpunn.profiling.case import Case
+from gpunn.profiling.dropout_cases import dropout_cases
+from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
+from gpunn.profiling.linear_cases import linear_cases
+from gpunn.profiling.pooling_cases import pooling_cases
+
+CASES: dict[str, list[Case]] = {
+    "linear": linear_cases(),
+    "activation": activation_cases(),
+    "glu": glu_cases(),
+    "pooling": pooling_cases(),
+    "dropout": dropout_cases(),
+}
