@@ -56,12 +56,13 @@ clean: ## remove what the other targets made, except for the virtual environment
 	rm -rf out build dist gpunn.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-# PyTorch's CUDA build insists on one version of Triton. Its CPU build asks for none: only then
-# does the version in constraints.txt hold.
+# PyTorch's CUDA build insists on one version of Triton and of NVRTC. Its CPU build asks for
+# neither: only then do the versions in constraints.txt hold. CuPy is the one for PyTorch's CUDA.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	grep -v '^triton' constraints.txt > $(VENV)/constraints.txt
+	grep -v -e '^triton' -e '^nvidia' constraints.txt > $(VENV)/constraints.txt
 	$(PY) -m pip install --constraint $(VENV)/constraints.txt torch
 	$(PY) -m pip show torch | grep '^Requires:.*triton' || cp constraints.txt $(VENV)
-	$(PY) -m pip install --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	cuda=$$($(PY) -c 'import torch; print((torch.version.cuda or "13")[:2])') && \
+	$(PY) -m pip install --constraint $(VENV)/constraints.txt --editable ".[dev,cuda$$cuda]"
 	touch $@

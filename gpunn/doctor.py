@@ -6,15 +6,17 @@ import importlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 
 import gpunn
 from gpunn.check import CHECKS, kernels_run_here, run_check
+from gpunn.kernels import host
+from gpunn.kernels.cuda import cupy_extra, why_no_cupy
 
 Lines = list[tuple[str, str]]
 ATTEMPT = "from gpunn.doctor import attempts; import json; print(json.dumps(attempts()))"
@@ -73,19 +75,16 @@ def version_of(package: str) -> str:
         return str(importlib.import_module(package).__version__)
     except ImportError as error:
         if package == "cupy" and isinstance(error, ModuleNotFoundError):
-            extra = "cuda12" if (torch.version.cuda or "").startswith("12") else "cuda13"
-            return f'not installed (optional: pip install "gpunn[{extra}]")'
+            return f'not installed (optional: pip install "gpunn[{cupy_extra()}]")'
         return f"cannot be imported: {error}"
 
 
 def compiler() -> str:
-    """The C++ compiler that Triton and PyTorch would find."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        path = shutil.which(name) if name else None
-        if path:
-            done = subprocess.run([path, "--version"], capture_output=True, text=True)
-            return f"{(done.stdout.splitlines() or ['unknown'])[0]} ({path})"
-    return "none (torch.compile on a CPU, and Triton on a GPU, need one)"
+    """The C++ compiler that PyTorch, Triton and the host execution would find."""
+    path = host.find_compiler()
+    if path is None:
+        return "none (CUDA C++ and torch.compile on a CPU, and Triton on a GPU, need one)"
+    return f"{(host.version_of(path).splitlines() or ['unknown'])[0]} ({path})"
 
 
 def attempts() -> dict[str, str]:
@@ -109,12 +108,25 @@ def interpreted_attempts() -> dict[str, str]:
 
 
 def kernels() -> Lines:
-    """How each op's kernels can run here: on the GPU, through the interpreter, or why not."""
+    """How the kernels of either language run here, and for each op whether they do."""
+    on_gpu = torch.cuda.is_available()
     found = attempts() if kernels_run_here() else interpreted_attempts()
-    way = "on the GPU" if torch.cuda.is_available() else "through Triton's interpreter, on the CPU"
     lines = [
-        (op, way if verdict == "ok" else f"not at all: {verdict}") for op, verdict in found.items()
+        ("Triton", "on the GPU" if on_gpu else "on the CPU, through Triton's interpreter"),
+        ("CUDA C++", cuda_cpp()),
+        *((op, "runs" if said == "ok" else f"not at all: {said}") for op, said in found.items()),
     ]
-    if torch.cuda.is_available():
+    if on_gpu:
         return lines
     return [*lines, ("", "(in tests and gpunn check; the layers themselves use PyTorch on a CPU)")]
+
+
+def cuda_cpp() -> str:
+    """How the kernels in CUDA C++ run here."""
+    if torch.cuda.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the line says it
+            reason = why_no_cupy()
+        return "on the GPU, through CuPy" if reason is None else f"left to PyTorch: {reason}"
+    path = host.find_compiler()
+    return f"on the CPU, compiled by {path}" if path else "not at all: there is no C++ compiler"

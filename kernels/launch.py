@@ -32,7 +32,6 @@ class Launch:
     """A launch configuration. A subclass adds its block sizes; each becomes a constexpr."""
 
     num_warps: int = 4
-    num_stages: int = 3
 
     @cache  # noqa: B019  (frozen, hashable, and there are a few dozen of them)
     def arguments(self) -> dict[str, int]:

@@ -30,6 +30,7 @@ from gpunn.kernels.philox import dropout_arguments
 class MatmulLaunch(Launch):
     """Tile sizes of a product; ``split_inner`` parts of the inner dimension go to own programs."""
 
+    num_stages: int = 3
     block_rows: int = 128
     block_cols: int = 128
     block_inner: int = 64

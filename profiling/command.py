@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gpunn.kernels.cuda import CudaKernel
 from gpunn.kernels.launch import Call, Launch
+from gpunn.kernels.nvrtc import NoCompilerError
 from gpunn.profiling.bench import bench, described, why_not_here
-from gpunn.profiling.case import CASES, Case
+from gpunn.profiling.case import Case
+from gpunn.profiling.cases import CASES
 from gpunn.profiling.results import (
     SHORT,
     TIME_RAN_OUT,
@@ -51,6 +54,8 @@ class StaticRow:
     """The cases that launch it."""
     report: Report | None = None
     error: str | None = None
+    excused: bool = False
+    """Whether the error is none of the kernel's: time ran out, or there is no compiler."""
 
     def remarks(self) -> str:
         """What is wrong with it; empty where nothing is."""
@@ -58,7 +63,8 @@ class StaticRow:
             return self.error or "not compiled"
         wrong = {
             f"spills {self.report.spilled_bytes} bytes": self.report.spilled_bytes > 0,
-            "shared memory does not fit": not self.report.fits,
+            f"{self.report.stack_bytes} bytes of stack": self.report.stack_bytes > 0,
+            "a block does not fit": not self.report.fits,
             "WGMMA serialised": self.report.serialised_wgmma,
             "WGMMA in flight with a register operand": self.report.register_operand_in_pipeline,
         }
@@ -126,7 +132,7 @@ def _progress(line: str) -> None:
 def _failed(row: StaticRow | Row) -> bool:
     """Whether a number is missing for a fault of our kernels, not of a peer or the clock."""
     if isinstance(row, StaticRow):
-        return row.error not in (None, TIME_RAN_OUT)
+        return row.error is not None and not row.excused
     ours = (row.errors.get(who) for who in ("case", "kernels", "auto"))
     return any(error not in (None, TIME_RAN_OUT) for error in ours)
 
@@ -179,19 +185,23 @@ def _specialisation(argument: Any) -> Any:
 def _identity(call: Call) -> tuple[Any, ...]:
     """Equal for launches that are compiled to the same code."""
     constants = [(name, getattr(v, "__name__", v)) for name, v in sorted(call.keywords.items())]
-    return call.kernel.__name__, str(constants), *map(_specialisation, call.arguments)
+    # CUDA C++ depends on its template arguments alone, which are among the keywords.
+    arguments = () if isinstance(call.kernel, CudaKernel) else call.arguments
+    return call.kernel.__name__, str(constants), *map(_specialisation, arguments)
 
 
 def described_launch(launch: Launch) -> str:
     """Block sizes as a product, what else is not the default, warps and stages."""
-    blocks, others = [], []
+    blocks, others, stages = [], [], []
     for entry in fields(launch):
         value = getattr(launch, entry.name)
         if entry.name.startswith("block"):
             blocks.append(str(value))
-        elif entry.name not in ("num_warps", "num_stages") and value != entry.default:
+        elif entry.name == "num_stages":
+            stages.append(f"{value} stages")
+        elif entry.name != "num_warps" and value != entry.default:
             others.append(f"{entry.name}={value}")
-    parts = ["×".join(blocks), *others, f"{launch.num_warps} warps", f"{launch.num_stages} stages"]
+    parts = ["×".join(blocks), *others, f"{launch.num_warps} warps", *stages]
     return ", ".join(part for part in parts if part)
 
 
@@ -250,15 +260,17 @@ def _collect(row: StaticRow, future: Future[Report], deadline: float) -> None:
     try:
         row.report = future.result(max(0.0, deadline - time.perf_counter()))
     except OutOfTime:
-        row.error = TIME_RAN_OUT
+        row.error, row.excused = TIME_RAN_OUT, True
         future.cancel()
+    except NoCompilerError as error:
+        row.error, row.excused = str(error), True
     except Exception as error:  # noqa: BLE001 (whatever it is, the table says it)
         row.error = described(error)
 
 
 STATIC_HEADER = (
     *("op", "kernel", "launch", "regs", "spilled", "shared KB", "occupancy", "WGMMA", "MMA"),
-    *("128-bit", "narrower", "used by", "remarks"),
+    *("128-bit", "narrower", "all", "used by", "remarks"),
 )
 
 
@@ -267,20 +279,20 @@ def static_table(rows: Sequence[StaticRow]) -> str:
     blocks = []
     for capability in dict.fromkeys(row.capability for row in rows):
         lines = [_static_cells(row) for row in rows if row.capability == capability]
-        title = f"compiled for sm_{capability}; WGMMA to narrower: instructions in the code"
+        title = f"compiled for sm_{capability}; WGMMA to all: instructions in the code"
         blocks.append(f"{title}\n{table(STATIC_HEADER, lines)}")
     return "\n\n".join(blocks)
 
 
 def _static_cells(row: StaticRow) -> list[str]:
     """A row of the table."""
-    found: list[str] = ["-"] * 8
+    found: list[str] = ["-"] * 9
     if row.report is not None:
         r = row.report
-        accesses = (r.wgmma, r.mma, r.wide_accesses, r.narrow_accesses)
+        counts = (r.wgmma, r.mma, r.wide_accesses, r.narrow_accesses, r.instructions)
         found = [
             *(str(r.registers), str(r.spilled_bytes), number(r.shared_memory / 1024, "{:.0f}")),
-            *(number(100 * r.occupancy, "{:.0f}%"), *map(str, accesses)),
+            *(number(100 * r.occupancy, "{:.0f}%"), *(number(n, "{:d}") for n in counts)),
         ]
     more = f" and {len(row.used_by) - 1} more" if len(row.used_by) > 1 else ""
     return [row.op, row.kernel, row.launch, *found, row.used_by[0] + more, row.remarks()]

@@ -2,27 +2,20 @@
 
 A launcher is called on meta tensors while its launches are captured (``launch.captured``); each
 captured launch is compiled for a chip, and registers, spills, shared memory and instructions are
-read with the disassembler that comes with Triton. This cannot say how fast a kernel is; it says
-that it builds, fits, does not spill, and uses the instructions it should.
+read (``machine_code.py``). This cannot say how fast a kernel is; it says that it builds, fits, does
+not spill, and uses the instructions it should.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
-from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.kernels.launch import Call, Device
+from gpunn.profiling.machine_code import compiled
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # Bytes of shared memory that one block may have; the compiler does not check it. And the
 # registers, threads and shared memory of one multiprocessor. Source: CUDA C++ programming guide,
@@ -49,14 +42,18 @@ class Report:
     shared_memory: int
     occupancy: float
     """The share of a multiprocessor's threads that can be resident, as registers and memory go."""
-    wgmma: int
-    """HGMMA instructions: the warp-group tensor cores of Hopper."""
-    mma: int
+    stack_bytes: int
+    """Memory of a thread's own, which is as slow as spills: arrays not held in registers."""
+    wgmma: int | None
+    """HGMMA instructions: the warp-group tensor cores of Hopper. None: the code was not read."""
+    mma: int | None
     """Other tensor-core instructions: HMMA, DMMA, or UTCHMMA on Blackwell."""
-    wide_accesses: int
+    wide_accesses: int | None
     """Global loads and stores of 128 bits, and asynchronous copies of 128 bits or by TMA."""
-    narrow_accesses: int
+    narrow_accesses: int | None
     """Other global loads and stores."""
+    instructions: int | None
+    """All of them, loops and untaken branches counted once."""
     serialised_wgmma: bool
     """Whether the assembler had to wait after every HGMMA (its warning C75xx)."""
     register_operand_in_pipeline: bool
@@ -64,44 +61,19 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether a block's shared memory is within the chip's limit."""
-        return self.shared_memory <= SHARED_MEMORY_A_BLOCK[self.capability]
+        """Whether the chip has the registers and the shared memory for a block."""
+        return self.occupancy > 0
 
 
-class _CompileOnly:
-    """A stand-in for Triton's driver: it names a target, and there is nothing to launch on."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def compile_call(call: Call, capability: int) -> Any:
-    """Compile a captured launch for a chip, specialised exactly as the launch would be."""
-    if INTERPRETING:
-        raise RuntimeError("static_report: unset TRITON_INTERPRET; it compiles the kernels")
-    active = triton.runtime.driver
-    previous = active._active
-    active.set_active(_CompileOnly(capability))
-    try:
-        return call.kernel.warmup(*call.arguments, grid=call.grid, **call.keywords)
-    finally:
-        active._active = previous
-
-
-def _tool(name: str, *arguments: str) -> str:
-    result = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"static_report: {name} failed: {result.stderr.strip()}")
-    return result.stdout + result.stderr
+# The instructions that are counted, as a disassembler writes them. LD and ST are loads and stores
+# whose address may be in global memory for all that the compiler knows.
+COUNTED = {
+    "wgmma": r"\bHGMMA",
+    "mma": r"\b(?:HMMA|DMMA|UTCHMMA|UTCQMMA)",
+    "wide_accesses": r"\b(?:LDG|STG|LDGSTS|LD|ST)\.[\w.]*(?:128|256)|\bUTMA(?:LDG|STG)",
+    "narrow_accesses": r"\b(?:LDG|STG|LDGSTS|LD|ST)\.(?![\w.]*(?:128|256))",
+    "instructions": r"(?m)^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP|\s)",
+}
 
 
 def _occupancy(registers: int, shared_memory: int, n_threads: int, capability: int) -> float:
@@ -114,38 +86,24 @@ def _occupancy(registers: int, shared_memory: int, n_threads: int, capability: i
 
 def report(call: Call, capability: int) -> Report:
     """Compile a captured launch and read its machine code."""
-    compiled = compile_call(call, capability)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        code = _tool("nvdisasm", "-c", str(cubin))
-        architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        ptxas = "ptxas-blackwell" if capability >= 100 else "ptxas"
-        log = _tool(ptxas, "-v", f"--gpu-name={architecture}", str(ptx), "-o", f"{folder}/out")
-
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, code))
-
-    registers = int(re.findall(r"REG:(\d+)", usage)[0])
-    metadata = compiled.metadata
-    wide = count(r"\b(?:LDG|STG|LDGSTS)\.[\w.]*128") + count(r"\bUTMA(?:LDG|STG)")
+    code = compiled(call, capability)
+    log, text = code.log, code.assembly
+    counts = {
+        name: None if text is None else len(re.findall(pattern, text))
+        for name, pattern in COUNTED.items()
+    }
     return Report(
-        kernel=compiled.name,
+        kernel=code.kernel,
         launch=str(call.launch),
         capability=capability,
-        registers=registers,
-        spilled_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
-        shared_memory=metadata.shared,
-        occupancy=_occupancy(registers, metadata.shared, 32 * metadata.num_warps, capability),
-        wgmma=count(r"\bHGMMA"),
-        mma=count(r"\b(?:HMMA|DMMA|UTCHMMA|UTCQMMA)"),
-        wide_accesses=wide,
-        narrow_accesses=count(r"\b(?:LDG|STG|LDGSTS)\.")
-        - count(r"\b(?:LDG|STG|LDGSTS)\.[\w.]*128"),
+        registers=code.registers,
+        spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        shared_memory=code.shared_memory,
+        occupancy=_occupancy(code.registers, code.shared_memory, code.n_threads, capability),
+        stack_bytes=sum(map(int, re.findall(r"(\d+) bytes stack frame", log))),
         serialised_wgmma=bool(re.search(r"C75\d\d", log)) or "serializ" in log,
-        register_operand_in_pipeline=_register_operand_in_pipeline(compiled.asm["ptx"]),
+        register_operand_in_pipeline=_register_operand_in_pipeline(code.ptx),
+        **counts,
     )
 
 

@@ -1,38 +1,28 @@
 """Every kernel in every configuration that it can choose, as launches to be compiled.
 
-A scenario calls a launcher on meta tensors while its launches are captured. ``report_of`` runs in a
-process of its own without TRITON_INTERPRET (see test_compiles.py).
+A scenario calls a launcher on meta tensors while its launches are captured. ``reports_of`` runs in
+a process of its own without TRITON_INTERPRET (see test_compiles.py).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 
+from cuda_scenarios import cuda_scenarios
 from gpunn.functional.glu import GATES
 from gpunn.kernels import glu, launch, product
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import launchers
 from gpunn.kernels.product import Epilogue, MatmulLaunch
 from gpunn.profiling.static_report import Report, chip, meta, report
+from scenario import Scenario
 
 SIZE = 4096
 HALF = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """Launches to compile, and what their machine code must have."""
-
-    launch: Callable[[], object]
-    tensor_cores: bool = False
-    wide_only: bool = False
-    """Whether every global access must be of 128 bits."""
-    capabilities: tuple[int, ...] = (80, 90, 100)
 
 
 def _epilogue(kind: str, dtype: torch.dtype, activation: str) -> Epilogue:
@@ -168,12 +158,16 @@ def _elementwise_scenarios() -> dict[str, Scenario]:
     return found
 
 
-SCENARIOS = {**_product_scenarios(), **_linear_scenarios(), **_elementwise_scenarios()}
+SCENARIOS = {
+    **_product_scenarios(),
+    **_linear_scenarios(),
+    **_elementwise_scenarios(),
+    **cuda_scenarios(),
+}
 
 
-def report_of(name: str, capability: int) -> Report:
-    """Capture a scenario's launch for a chip, compile it, and read its machine code."""
-    scenario = SCENARIOS[name]
+def reports_of(name: str, capability: int) -> list[Report]:
+    """Capture a scenario's launches for a chip, compile them, and read their machine code."""
     with launch.captured(chip(capability)) as calls, launch.backend("kernels"):
-        scenario.launch()
-    return report(calls[0], capability)
+        SCENARIOS[name].launch()
+    return [report(call, capability) for call in calls]

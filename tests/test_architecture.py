@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from cuda_source import CudaFunction, cuda_kernels_of
 from kit import CONTAINERS, OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("gpunn", "kernels", "profiling", "tests", "examples")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+CUDA_SOURCES = sorted((ROOT / "kernels").glob("*.cu"))
+CUDA_HEADERS = sorted((ROOT / "kernels").glob("*.h"))
 TOP_LEVEL = {"examples", "gpunn", "kernels", "profiling", "tests"}
 
 # What a room may import of gpunn and of third parties, besides itself.
@@ -24,8 +28,16 @@ ROOMS = {
     "gpunn/reference": {"gpunn.reference", "numpy"},
 }
 STANDARD = {
-    "__future__", "ast", "collections", "contextlib", "dataclasses", "functools", "math",
-    "threading", "typing",
+    "__future__", "ast", "bisect", "collections", "contextlib", "dataclasses", "functools", "math",
+    "struct", "threading", "typing",
+}  # fmt: skip
+# Only these files of kernels/ may read files, run programs and load libraries: they compile.
+COMPILING = {
+    "kernels/nvrtc.py": {"cupy_backends", "pathlib"},
+    "kernels/cuda.py": {"pathlib", "re", "warnings"},
+    "kernels/host.py": {
+        "ctypes", "hashlib", "os", "pathlib", "re", "shutil", "subprocess", "tempfile",
+    },
 }  # fmt: skip
 
 
@@ -87,7 +99,7 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     for path in sorted((ROOT / room).glob("*.py")):
         for name in imports_of(parsed(path)):
             top = name.split(".")[0]
-            allowed = ROOMS[room] | STANDARD
+            allowed = ROOMS[room] | STANDARD | COMPILING.get(name_of(path), set())
             fits = any(name == a or name.startswith(f"{a}.") for a in allowed)
             # ``import gpunn.functional as GF`` is the one way a module names the room below it
             assert fits or (top == "gpunn" and name == "gpunn"), f"{name_of(path)} imports {name}"
@@ -95,12 +107,19 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     assert checked
 
 
+def test_the_host_execution_needs_the_standard_library_alone() -> None:
+    """So that it runs where torch and triton cannot, as under the address sanitizer."""
+    imports = imports_of(parsed(ROOT / "kernels" / "host.py"))
+    assert {name.split(".")[0] for name in imports} <= sys.stdlib_module_names
+
+
 def test_only_tests_and_check_import_the_references() -> None:
     for path in SOURCES:
         if "tests" in path.parts or path.parent.name == "reference":
             continue
         uses = any(name.startswith("gpunn.reference") for name in imports_of(parsed(path)))
-        assert not uses or name_of(path) == "gpunn/check.py", name_of(path)
+        may = name_of(path) == "gpunn/check.py" or path.parent.name == "checks"
+        assert not uses or may, name_of(path)
 
 
 def test_there_is_no_import_cycle() -> None:
@@ -139,10 +158,10 @@ def test_every_op_has_its_file_in_every_room(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_a_case_and_a_check(op: str) -> None:
     from gpunn.check import CHECKS
-    from gpunn.profiling.case import CASES
+    from gpunn.profiling.cases import CASES
 
-    assert CASES.get(op), f"{op} has no Case in CASES of profiling/case.py"
-    assert CHECKS.get(op), f"{op} has no Check in CHECKS of gpunn/check.py"
+    assert CASES.get(op), f"{op} has no Case in CASES of profiling/cases.py"
+    assert CHECKS.get(op), f"{op} has no Check in gpunn/checks"
 
 
 def test_files_and_functions_keep_their_budget() -> None:
@@ -156,6 +175,96 @@ def test_files_and_functions_keep_their_budget() -> None:
             if lines > limit:
                 over.append(f"{name_of(path)}: {function.name} has {lines} lines, over {limit}")
     assert not over, "\n".join(over)
+
+
+def test_cuda_sources_keep_their_budget_and_their_form() -> None:
+    wrong = []
+    for path in (*CUDA_SOURCES, *CUDA_HEADERS):
+        text = path.read_text()
+        if (n := text.count("\n")) > 400:
+            wrong.append(f"{path.name}: {n} lines, over 400")
+        for number, line in enumerate(text.split("\n"), 1):
+            if len(line) > 100 or "\t" in line or line != line.rstrip():
+                wrong.append(f"{path.name}:{number}: over 100 columns, a tab, or a trailing space")
+        wrong += [
+            f"{path.name}: {kernel.name} has {kernel.n_lines} lines, over 80"
+            for kernel in cuda_kernels_of(path)
+            if kernel.n_lines > 80
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_cuda_source_belongs_to_its_launchers_and_holds_all_kernels() -> None:
+    stems = {path.stem for path in KERNELS}
+    for path in CUDA_SOURCES:
+        assert path.stem in stems, f"{path.name} has no kernels/{path.stem}.py"
+        kernels = path.read_text().count("__global__")
+        assert len(cuda_kernels_of(path)) == kernels > 0, f"{path.name}: a kernel of another form"
+    for path in CUDA_HEADERS:
+        assert "#pragma once\n" in path.read_text(), path.name
+        assert not cuda_kernels_of(path), f"{path.name}: kernels belong to a .cu"
+
+
+def test_cuda_sources_include_the_headers_of_the_folder_alone() -> None:
+    """NVRTC finds no others; vector.h and host.h bring what the two compilers need."""
+    names = {path.name for path in CUDA_HEADERS}
+    for path in (*CUDA_SOURCES, *CUDA_HEADERS):
+        if path.name not in ("vector.h", "host.h"):
+            for line in re.findall(r"^\s*#\s*include.*", path.read_text(), flags=re.MULTILINE):
+                found = re.fullmatch(r'#include "([^"]+)"', line)
+                assert found, f"{path.name}: {line}"
+                assert found[1] in names, f"{path.name}: {line}"
+
+
+def faults_of(kernel: CudaFunction) -> list[str]:
+    """What is wrong with the form of a kernel in CUDA C++."""
+    order = ("pointer", "struct", "long long", "double")
+    kinds = kernel.kinds()
+    unknown = [kind for kind in kinds if kind not in order]
+    faults = {
+        "its name does not end in _kernel": not kernel.name.endswith("_kernel"),
+        "no comment above it says what it computes": not kernel.comment,
+        "the comment has over eight lines": kernel.comment.count("\n") > 8,
+        "it is no template": not kernel.constants,
+        "a template parameter is not in capitals": "".join(kernel.constants).upper()
+        != "".join(kernel.constants),
+        f"parameters of other types: {unknown}": bool(unknown),
+        f"parameters come in this order: {', '.join(order)}": (
+            not unknown and kinds != sorted(kinds, key=order.index)
+        ),
+    }
+    return [fault for fault, holds in faults.items() if holds]
+
+
+@pytest.mark.parametrize("path", CUDA_SOURCES, ids=lambda path: path.name)
+def test_cuda_kernels_are_templates_named_documented_and_in_order(path: Path) -> None:
+    """Their parameters as ``CudaKernel`` passes them, so each is of its width on host and GPU."""
+    for kernel in cuda_kernels_of(path):
+        assert not faults_of(kernel), f"{path.name}: {kernel.name}: {faults_of(kernel)}"
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("// y = x.\ntemplate <typename T>\n__global__ void copy(const T* x, T* y) {\n}\n",
+         "its name does not end in _kernel"),
+        ("template <typename T>\n__global__ void copy_kernel(const T* x, T* y) {\n}\n",
+         "no comment above it says what it computes"),
+        ("// y = 0.\n__global__ void zero_kernel(float* y, long long n) {\n}\n",
+         "it is no template"),
+        ("// y = x.\ntemplate <typename T>\n__global__ void fill_kernel(T* y, T x) {\n}\n",
+         "parameters of other types: ['T']"),
+        ("// y = x.\ntemplate <int n>\n__global__ void fill_kernel(int* y) {\n}\n",
+         "a template parameter is not in capitals"),
+        ("// y = 1.\ntemplate <int N>\n__global__ void ones_kernel(double p, int* y) {\n}\n",
+         "parameters come in this order: pointer, struct, long long, double"),
+    ],
+)  # fmt: skip
+def test_a_kernel_of_another_form_is_told(source: str, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "source.cu"
+    path.write_text(source)
+    (kernel,) = cuda_kernels_of(path)
+    assert faults_of(kernel) == [fault]
 
 
 def test_every_masked_load_says_what_the_rest_is() -> None:

@@ -204,6 +204,7 @@ def test_refused_under_kernels_is_an_error_that_says_why(device: str) -> None:
 class Tiles(Launch):
     """A configuration with block sizes."""
 
+    num_stages: int = 3
     block_rows: int = 8
     block_cols: int = 128
 
@@ -212,8 +213,7 @@ def test_launch_arguments_are_the_kernels_keywords() -> None:
     assert Tiles(2, 1, block_cols=64).arguments() == {
         "num_warps": 2, "num_stages": 1, "BLOCK_ROWS": 8, "BLOCK_COLS": 64,
     }  # fmt: skip
-    assert Launch(4, 3).arguments() == {"num_warps": 4, "num_stages": 3}
-    assert Tiles(4, 3).arguments() != Launch(4, 3).arguments()
+    assert Launch(2).arguments() == {"num_warps": 2}
 
 
 def test_captured_launches_are_not_made() -> None:

@@ -17,13 +17,14 @@ NO_SOURCES = (".*", "__pycache__", "build", "dist", "out", "*.egg-info")
 
 USE = """
 import pathlib, sys
-import gpunn, gpunn.kernels, gpunn.nn, gpunn.profiling.gpu_run, torch
+import gpunn, gpunn.kernels.cuda, gpunn.nn, gpunn.profiling.gpu_run, torch
 
 target = pathlib.Path(sys.argv[1])
 for module in (gpunn, gpunn.nn, gpunn.kernels.launch, gpunn.profiling.gpu_run):
     assert target in pathlib.Path(module.__file__).parents, module
 y = gpunn.nn.Linear(3, 5)(torch.ones(2, 3))
 assert y.shape == (2, 5) and y.isfinite().all()
+assert "T" in gpunn.kernels.cuda.CudaKernel("dropout.cu", "dropout_kernel").parameters
 """
 
 

@@ -1,0 +1,193 @@
+"""CudaKernel: its template arguments, its launches, and what happens where there is no CuPy."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import gpunn
+from gpunn.kernels import cuda
+from gpunn.kernels.cuda import CudaKernel, CudaLaunch, takes_cuda, why_no_cupy
+from gpunn.kernels.launch import Device, LaunchRecord, captured, run
+from kit import CudaText, launched
+
+SOURCE = """
+#include "vector.h"
+
+struct Pair {
+    int first;
+    double second;
+};
+
+template <typename T, int N, bool NEGATIVE>
+__global__ void fill_kernel(T* y, const T* absent, Pair pair, long long n, double s) {
+    if (absent != nullptr || blockIdx.x != gridDim.x - 1) return;
+    double values[4] = {double(pair.first), pair.second, double(n), s};
+    if (threadIdx.x < N) y[threadIdx.x] = T(NEGATIVE ? -values[threadIdx.x] : values[threadIdx.x]);
+}
+
+template<typename T>
+__global__ void __launch_bounds__(256) bounded_kernel(T* y) {}
+"""
+FILL = CudaText(SOURCE, "fill_kernel")
+PAIR = struct.pack("id", 3, 0.25)
+
+
+def fill(device: str, **constants: Any) -> torch.Tensor:
+    """What the kernel writes from one argument of every kind."""
+    if device == "cuda":
+        pytest.importorskip("cupy", reason="CUDA C++ kernels run on a GPU through CuPy")
+    y = torch.zeros(4, dtype=constants["T"], device=device)
+    run("fill", FILL, (2,), y, None, PAIR, 2**21 + 1, 0.5, launch=CudaLaunch(2), **constants)
+    return y
+
+
+def test_every_kind_of_argument_arrives(device: str) -> None:
+    expected = torch.tensor([3, 0.25, 2**21 + 1, 0.5])
+    assert torch.equal(fill(device, T=torch.float32, N=4, NEGATIVE=False).cpu(), expected)
+    double = fill(device, T=torch.float64, N=4, NEGATIVE=True)
+    assert torch.equal(double.cpu(), -expected.double())
+    first = fill(device, T=torch.int64, N=3, NEGATIVE=False)
+    assert first.tolist() == [3, 0, 2**21 + 1, 0]
+
+
+def test_a_launch_is_recorded(device: str) -> None:
+    with gpunn.trace() as trace:
+        fill(device, T=torch.float32, N=4, NEGATIVE=False)
+    assert launched(trace, "fill") == [LaunchRecord("fill", "fill_kernel", (2,), CudaLaunch(2))]
+
+
+def test_a_captured_launch_is_not_made() -> None:
+    y = torch.empty(4, device="meta")
+    with captured(Device(90, 132)) as calls:
+        run("fill", FILL, (2,), y, None, PAIR, 1, 0.5, launch=CudaLaunch(2), T=y.dtype, N=4)
+    (call,) = calls
+    assert call.kernel is FILL
+    assert call.keywords == {"T": torch.float32, "N": 4, "num_warps": 2}
+
+
+def test_an_instantiation_names_its_arguments_in_the_templates_order() -> None:
+    constants = {"NEGATIVE": True, "N": 8, "T": torch.bfloat16}
+    assert FILL.parameters == ("T", "N", "NEGATIVE")
+    assert FILL.instantiation(constants) == "fill_kernel<__nv_bfloat16, 8, true>"
+    types = [CudaText(SOURCE, "bounded_kernel").instantiation({"T": t}) for t in cuda.TYPES]
+    assert types[:3] == [f"bounded_kernel<{t}>" for t in ("__half", "__nv_bfloat16", "float")]
+    assert len(set(types)) == len(cuda.TYPES)
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"T": torch.float32, "N": 1},
+        {"T": torch.float32, "N": 1, "NEGATIVE": False, "BLOCK": 2},
+        {"T": torch.float32, "N": 1, "POSITIVE": True},
+        {},
+    ],
+    ids=["missing", "unknown", "another", "none"],
+)
+def test_missing_and_unknown_template_arguments_are_refused(constants: dict[str, Any]) -> None:
+    got = ", ".join(constants)
+    expected = f"^fill_kernel: template parameters T, N, NEGATIVE, got {got}$"
+    with pytest.raises(TypeError, match=expected):
+        FILL.instantiation(constants)
+
+
+def test_a_kernel_that_the_source_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match=r"text\.cu has no template of a kernel full_kernel"):
+        _ = CudaText(SOURCE, "full_kernel").parameters
+
+
+def test_a_source_is_read_from_the_folder_with_its_headers() -> None:
+    source = CudaKernel("dropout.cu", "dropout_kernel").source
+    assert '#include "' not in source
+    assert "namespace host {" in source
+
+
+# --- without CuPy ---
+
+
+@pytest.fixture
+def unasked() -> Iterator[None]:
+    """Nobody has asked for CuPy yet, nor after the test."""
+    why_no_cupy.cache_clear()
+    yield
+    why_no_cupy.cache_clear()
+
+
+def broken_cupy(where: str) -> SimpleNamespace:
+    """CuPy that imports, and fails when the driver or NVRTC is asked."""
+
+    def fail() -> None:
+        raise RuntimeError(f"{where}:\nversion is insufficient")
+
+    runtime = SimpleNamespace(getDeviceCount=fail if where == "runtime" else int)
+    nvrtc = SimpleNamespace(getVersion=fail if where == "nvrtc" else tuple)
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, nvrtc=nvrtc))
+
+
+@pytest.mark.parametrize(
+    ("cupy", "cuda_version", "reason"),
+    [
+        (None, "13.0", 'CuPy is not installed; pip install "gpunn[cuda13]"'),
+        (None, "12.8", 'CuPy is not installed; pip install "gpunn[cuda12]"'),
+        (None, None, 'CuPy is not installed; pip install "gpunn[cuda13]"'),
+        (broken_cupy("runtime"), "12.8",
+         'CuPy fails: runtime: version is insufficient; pip install "gpunn[cuda12]"'),
+        (broken_cupy("nvrtc"), "13.0",
+         'CuPy fails: nvrtc: version is insufficient; pip install "gpunn[cuda13]"'),
+        (broken_cupy("nothing"), "13.0", None),
+    ],
+    ids=["absent", "cuda12", "no cuda", "driver", "nvrtc", "well"],
+)  # fmt: skip
+def test_why_no_cupy_warns_once_and_names_the_extra(
+    cupy: Any,
+    cuda_version: str | None,
+    reason: str | None,
+    unasked: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert [why_no_cupy(), why_no_cupy()] == [reason, reason]
+    expected = [f"gpunn: CUDA C++ kernels are left to PyTorch: {reason}"] if reason else []
+    assert [str(warning.message) for warning in heard] == expected
+
+
+def on_a_gpu() -> Any:
+    """What takes_cuda looks at in a tensor that is on a GPU."""
+    return SimpleNamespace(is_cuda=True)
+
+
+def test_without_cupy_a_gpus_tensors_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "takes", lambda operator, *tensors: True)
+    monkeypatch.setattr(cuda, "why_no_cupy", lambda: "no CuPy today")
+    with gpunn.backend("auto"), gpunn.trace() as trace:
+        assert not takes_cuda("pool", None, on_a_gpu())
+        assert takes_cuda("pool", torch.ones(1), None)
+    assert [(r.operator, r.reason) for r in trace.fallbacks] == [("pool", "no CuPy today")]
+    with (
+        gpunn.backend("kernels"),
+        pytest.raises(RuntimeError, match=r"^pool: backend\('kernels'\).*no CuPy today$"),
+    ):
+        takes_cuda("pool", on_a_gpu())
+    monkeypatch.setattr(cuda, "why_no_cupy", lambda: None)
+    assert takes_cuda("pool", on_a_gpu())
+
+
+def test_what_takes_refuses_is_refused_before_cupy_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "why_no_cupy", lambda: pytest.fail("asked"))
+    with gpunn.backend("torch"):
+        assert not takes_cuda("pool", torch.ones(1))
+    with gpunn.backend("auto"):
+        assert not takes_cuda("pool", torch.ones(1, device="meta"))
