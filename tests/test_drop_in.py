@@ -24,18 +24,46 @@ LAYERS = sorted(set(gpunn.nn.__all__) - CONTAINERS)
 NAMESAKES = [name for name in LAYERS if hasattr(torch.nn, name)]
 FUNCTIONS = [n for n in GF.__all__ if hasattr(F, n) or hasattr(torch, n)]
 
+# Probabilities of a dropout at which it is not random.
+CERTAIN = [(1.0,), (0.0, True)]
 # Arguments other than the defaults, for the layers that have any.
 ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
+    "AdaptiveAvgPool1d": [(3,)],
+    "AdaptiveAvgPool2d": [((3, None),), (1,)],
+    "AdaptiveMaxPool1d": [(3,)],
+    "AdaptiveMaxPool2d": [(3, True), ((None, 2),)],
+    "AlphaDropout": CERTAIN,
+    "AvgPool1d": [(3, 2, 1, True, False)],
+    "AvgPool2d": [(3, 2, 1, True, False, 5), ((2, 3),)],
     "CELU": [(0.5,)],
+    "Dropout": CERTAIN,
+    "Dropout1d": CERTAIN,
+    "Dropout2d": CERTAIN,
+    "Dropout3d": CERTAIN,
     "ELU": [(0.5,)],
+    "FeatureAlphaDropout": CERTAIN,
     "GELU": [("tanh",)],
     "GLU": [(0,)],
     "Hardshrink": [(0.25,)],
     "Hardtanh": [(-0.5, 0.25)],
     "LeakyReLU": [(0.25,)],
     "Linear": [(6, 5, False), (6, 5)],
+    "MaxPool1d": [(3, 2, 1, 2, True, True), (2,)],
+    "MaxPool2d": [(3, 2, 1, 1, True, True), ((2, 3),)],
+    "MaxUnpool1d": [(2,), (3, 2, 1)],
+    "MaxUnpool2d": [(2,), ((3, 2), 2, (1, 0))],
     "Softplus": [(2.0, 1.0)],
     "Softshrink": [(0.25,)],
+}
+# Layers that have no defaults for all arguments, or are random with them.
+WITHOUT_DEFAULTS = {
+    "Linear", *(name for name in NAMESAKES if "Dropout" in name or "pool" in name.lower())
+}  # fmt: skip
+# Shapes of the inputs of layers that do not take every shape.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "Dropout2d": (4, 6, 3, 5),
+    "Dropout3d": (4, 6, 3, 2, 5),
+    **{name: (4, 3, 6) for name in NAMESAKES if name.endswith("ool2d")},
 }
 
 
@@ -71,6 +99,7 @@ def test_layer_signature(name: str) -> None:
 def test_function_signature(name: str) -> None:
     ours, theirs = getattr(GF, name), getattr(F, name, None) or getattr(torch, name)
     assert ours is not theirs
+    theirs = getattr(F, f"{name}_with_indices", theirs)  # of two functions, the one to read
     if name in BUILTINS:
         got = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
         assert list(got.items())[1 : 1 + len(BUILTINS[name])] == list(BUILTINS[name].items())
@@ -78,9 +107,16 @@ def test_function_signature(name: str) -> None:
         signatures_of(name, ours, theirs)
 
 
+AVG_POOL: dict[str, Any] = {
+    "kernel_size": inspect.Parameter.empty, "stride": None, "padding": 0, "ceil_mode": False,
+    "count_include_pad": True,
+}  # fmt: skip
 # Functions of torch's that are builtins and have no signature to read: what follows the first
 # argument, from torch's documentation.
 BUILTINS: dict[str, dict[str, Any]] = {
+    "adaptive_avg_pool1d": {"output_size": inspect.Parameter.empty},
+    "avg_pool1d": AVG_POOL,
+    "avg_pool2d": {**AVG_POOL, "divisor_override": None},
     "gelu": {"approximate": "none"},
     "hardshrink": {"lambd": 0.5},
     "linear": {"weight": inspect.Parameter.empty, "bias": None},
@@ -94,8 +130,17 @@ BUILTINS: dict[str, dict[str, Any]] = {
 LAYER_CASES = [
     (name, arguments)
     for name in NAMESAKES
-    for arguments in [*ARGUMENTS.get(name, []), *([] if name == "Linear" else [()])]
+    for arguments in [*ARGUMENTS.get(name, []), *([] if name in WITHOUT_DEFAULTS else [()])]
 ]
+
+
+def inputs_of(name: str, device: str) -> tuple[torch.Tensor, ...]:
+    """What a layer takes; of unpooling also where in a plane of its output the values belong."""
+    x = torch.randn(SHAPES.get(name, (4, 6)), device=device)
+    if not name.startswith("MaxUnpool"):
+        return (x,)
+    plane = x[0].numel()
+    return x, torch.arange(plane, device=device).view(x.shape[1:]).expand(x.shape).contiguous()
 
 
 @pytest.mark.parametrize(("name", "arguments"), LAYER_CASES, ids=str)
@@ -113,12 +158,13 @@ def test_layer_is_interchangeable(
     assert all(torch.equal(ours.state_dict()[key], state[key]) for key in state)
     ours.load_state_dict(state)
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(4, 6, device=device)
-    expected = theirs(x)
+    inputs = inputs_of(name, device)
+    torch.use_deterministic_algorithms(not name.startswith("MaxUnpool"))  # refused by torch's
+    expected = theirs(*inputs)
     with gpunn.backend(choice):
-        torch.testing.assert_close(ours(x), expected)
-        torch.testing.assert_close(copy.deepcopy(ours)(x), expected)
-        torch.testing.assert_close(pickle.loads(pickle.dumps(ours))(x), expected)
+        torch.testing.assert_close(ours(*inputs), expected)
+        torch.testing.assert_close(copy.deepcopy(ours)(*inputs), expected)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(ours))(*inputs), expected)
     assert repr(ours) == repr(theirs)
 
 

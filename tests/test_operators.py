@@ -9,18 +9,42 @@ import gpunn.functional  # noqa: F401  (registers the ops)
 from gpunn.kernels.launch import launchers
 
 
+def pooling_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """Of overlapping, dilated windows, of adaptive ones, and of places in a plane."""
+    images, window = torch.randn(2, 3, 6, 5, device=device), [3, 2, 2, 1, 1, 0, 1, 2]
+    pooled = torch.randn(2, 3, 3, 3, device=device)
+    places = torch.arange(9, device=device).view(3, 3).expand(2, 3, 3, 3)
+    return {
+        "max_pool_forward": (images, [3, 3], window, True, True),
+        "max_pool_backward": (pooled, torch.zeros_like(pooled).byte(), [2, 3, 6, 5], window),
+        "avg_pool_forward": (images, [3, 4], [], False, 0),
+        "avg_pool_backward": (pooled, [2, 3, 6, 5], [], False, 0, True),
+        "max_unpool_forward": (pooled, places, [6, 5]),
+        "max_unpool_backward": (images, places),
+    }
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Arguments for every registered op, of which none requires a gradient."""
     x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
     bias, residual = torch.randn(8, device=device), torch.randn(6, 8, device=device)
     seed = torch.randint(2**62, (1,), device=device)
     wide = torch.randn(4, 6, device=device)
-    return {
+    return pooling_arguments(device) | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),
         "glu_forward": (wide, 1, "silu", []),
         "glu_backward": (wide[:, :3], wide, 1, "silu", []),
         "dropout_factors": (seed, x, 0.5),
+        "dropout_forward": (x.T, seed, (1, 4), 0.5, "alpha", 0),
+        "dropout_in_place": (
+            x.clone(),
+            torch.full((3,), 90).byte().to(device),
+            0.5,
+            "dropout",
+            None,
+        ),
+        "dropout_mask": (seed, 13, 0.5),
         "linear_forward": (x, weight, bias, residual, seed, "gelu", [], 0.5, True),
         "linear_epilogue_backward": (
             residual,

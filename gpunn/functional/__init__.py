@@ -22,12 +22,46 @@ from gpunn.functional.activation import (
     tanh,
     tanhshrink,
 )
+from gpunn.functional.dropout import (
+    alpha_dropout,
+    dropout,
+    dropout1d,
+    dropout2d,
+    dropout3d,
+    dropout_mask,
+    feature_alpha_dropout,
+)
 from gpunn.functional.glu import geglu, glu, reglu, swiglu
 from gpunn.functional.linear import linear
+from gpunn.functional.pooling import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    avg_pool1d,
+    avg_pool2d,
+    max_pool1d,
+    max_pool2d,
+    max_unpool1d,
+    max_unpool2d,
+)
 
 __all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "alpha_dropout",
+    "avg_pool1d",
+    "avg_pool2d",
     "celu",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "dropout_mask",
     "elu",
+    "feature_alpha_dropout",
     "geglu",
     "gelu",
     "glu",
@@ -38,6 +72,10 @@ __all__ = [
     "leaky_relu",
     "linear",
     "logsigmoid",
+    "max_pool1d",
+    "max_pool2d",
+    "max_unpool1d",
+    "max_unpool2d",
     "mish",
     "reglu",
     "relu",

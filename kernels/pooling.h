@@ -1,0 +1,175 @@
+// The geometry of pooling: which inputs a window covers, which windows cover an input.
+#pragma once
+#include "vector.h"
+
+// One dimension: sizes, and the window's; an adaptive pooling uses the sizes alone.
+struct Axis {
+    int in, out, kernel, stride, padding, dilation;
+};
+
+struct Pool {
+    Axis h, w;
+    int columns;  // of a window, to number its taps: row * columns + column
+};
+
+// Inputs first, first + step, … before end; the first of them is the window's tap number tap.
+struct Span {
+    int first, end, step, tap;
+};
+
+// What of the input a window covers.
+template <bool ADAPTIVE>
+__device__ inline Span window_of(const Axis& axis, int out) {
+    if (ADAPTIVE) {
+        int first = int((long long)out * axis.in / axis.out);
+        int end = int(((out + 1ll) * axis.in + axis.out - 1) / axis.out);
+        return {first, end, 1, 0};
+    }
+    int start = out * axis.stride - axis.padding;
+    int tap = start < 0 ? (axis.dilation - 1 - start) / axis.dilation : 0;
+    int end = min(start + (axis.kernel - 1) * axis.dilation + 1, axis.in);
+    return {start + tap * axis.dilation, end, axis.dilation, tap};
+}
+
+// The windows that may cover an input, from first to end - 1.
+template <bool ADAPTIVE>
+__device__ inline Span windows_over(const Axis& axis, int in) {
+    if (ADAPTIVE) {
+        int first = int((long long)in * axis.out / axis.in);
+        int end = int(((in + 1ll) * axis.out + axis.in - 1) / axis.in);
+        return {first, end, 1, 0};
+    }
+    int last_tap = in + axis.padding, first_tap = last_tap - (axis.kernel - 1) * axis.dilation;
+    int first = first_tap <= 0 ? 0 : (first_tap - 1) / axis.stride + 1;
+    return {first, min(last_tap / axis.stride + 1, axis.out), 1, 0};
+}
+
+// Which tap of a window an input is; -1 where a dilated window passes over it.
+template <bool ADAPTIVE>
+__device__ inline int tap_of(const Axis& axis, int out, int in) {
+    if (ADAPTIVE) return in - int((long long)out * axis.in / axis.out);
+    int offset = in + axis.padding - out * axis.stride;
+    if (axis.dilation == 1) return offset;  // without the divisions
+    return offset % axis.dilation ? -1 : offset / axis.dilation;
+}
+
+// What a window's sum is divided by. The window is clipped to the padded input in any case.
+template <bool ADAPTIVE>
+__device__ inline int length_of(const Axis& axis, int out, bool with_padding) {
+    if (ADAPTIVE || !with_padding) {
+        Span span = window_of<ADAPTIVE>(axis, out);
+        return span.end - span.first;
+    }
+    int start = out * axis.stride - axis.padding;
+    return min(start + axis.kernel, axis.in + axis.padding) - start;
+}
+
+// The maximum of a window and its tap, for N neighbours at once; load(row, column) gives a
+// Vector<T, N>. As PyTorch's: a NaN replaces what was before it, and -inf is kept by its first tap.
+template <bool ADAPTIVE, int N, typename W, typename Load>
+__device__ inline void max_of_window(const Pool& pool, int oh, int ow, Load load, W (&best)[N],
+                                     int (&where)[N]) {
+    Span h = window_of<ADAPTIVE>(pool.h, oh), w = window_of<ADAPTIVE>(pool.w, ow);
+    for (int k = 0; k < N; k++) {
+        best[k] = __uint_as_float(0xff800000u);
+        where[k] = h.tap * pool.columns + w.tap;
+    }
+    for (int ih = h.first, row = h.tap; ih < h.end; ih += h.step, row++) {
+        for (int iw = w.first, tap = row * pool.columns + w.tap; iw < w.end; iw += w.step, tap++) {
+            auto x = load(ih, iw);
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                W value = widen(x.values[k]);
+                bool takes = value > best[k] || value != value;
+                best[k] = takes ? value : best[k];
+                where[k] = takes ? tap : where[k];
+            }
+        }
+    }
+}
+
+// The place in its plane of a window's tap.
+template <bool ADAPTIVE>
+__device__ inline long long index_of(const Pool& pool, int oh, int ow, int tap) {
+    int row = tap / pool.columns, column = tap % pool.columns;
+    Span h = window_of<ADAPTIVE>(pool.h, oh), w = window_of<ADAPTIVE>(pool.w, ow);
+    int ih = h.first + (row - h.tap) * h.step, iw = w.first + (column - w.tap) * w.step;
+    return (long long)ih * pool.w.in + iw;
+}
+
+// Adds to sum the gradients of the maxima that are input (ih, iw), by ascending windows.
+template <bool ADAPTIVE, int N, typename W, typename Load, typename Where>
+__device__ inline void max_gradient(const Pool& pool, int ih, int iw, Load load, Where where,
+                                    W (&sum)[N]) {
+    Span h = windows_over<ADAPTIVE>(pool.h, ih), w = windows_over<ADAPTIVE>(pool.w, iw);
+    for (int oh = h.first; oh < h.end; oh++) {
+        int row = tap_of<ADAPTIVE>(pool.h, oh, ih);
+        for (int ow = w.first; ow < w.end && row >= 0; ow++) {
+            int column = tap_of<ADAPTIVE>(pool.w, ow, iw);
+            if (column < 0) continue;
+            auto dy = load(oh, ow);
+            auto taps = where(oh, ow);
+#pragma unroll
+            for (int k = 0; k < N; k++) {
+                bool is_it = taps.values[k] == row * pool.columns + column;
+                sum[k] += is_it ? widen(dy.values[k]) : W(0);
+            }
+        }
+    }
+}
+
+// How averages are divided: by divisor, unless it is 0.
+struct Average {
+    long long with_padding, divisor;
+};
+
+// What a window's sum is divided by: the lengths one after the other, or what is in height alone.
+template <typename W>
+struct Divisor {
+    W height, width;
+};
+
+template <bool ADAPTIVE, typename W>
+__device__ inline Divisor<W> divisor_of(const Pool& pool, const Average& average, int oh, int ow) {
+    int height = length_of<ADAPTIVE>(pool.h, oh, average.with_padding);
+    int width = length_of<ADAPTIVE>(pool.w, ow, average.with_padding);
+    if (ADAPTIVE) return {W(height), W(width)};
+    return {average.divisor ? W(average.divisor) : W(height * width), W(1)};
+}
+
+template <bool ADAPTIVE, typename W>
+__device__ inline W divided(W sum, const Divisor<W>& by) {
+    return ADAPTIVE ? sum / by.height / by.width : sum / by.height;
+}
+
+template <bool ADAPTIVE, int N, typename W, typename Load>
+__device__ inline void average_of_window(const Pool& pool, const Average& average, int oh, int ow,
+                                         Load load, W (&sum)[N]) {
+    Span h = window_of<ADAPTIVE>(pool.h, oh), w = window_of<ADAPTIVE>(pool.w, ow);
+    for (int ih = h.first; ih < h.end; ih++) {
+        for (int iw = w.first; iw < w.end; iw++) {
+            auto x = load(ih, iw);
+#pragma unroll
+            for (int k = 0; k < N; k++) sum[k] += widen(x.values[k]);
+        }
+    }
+    if (h.first >= h.end || w.first >= w.end) return;
+    Divisor<W> by = divisor_of<ADAPTIVE, W>(pool, average, oh, ow);
+#pragma unroll
+    for (int k = 0; k < N; k++) sum[k] = divided<ADAPTIVE>(sum[k], by);
+}
+
+// Adds to sum what input (ih, iw) gets of the gradients of its windows, by ascending windows.
+template <bool ADAPTIVE, int N, typename W, typename Load>
+__device__ inline void average_gradient(const Pool& pool, const Average& average, int ih, int iw,
+                                        Load load, W (&sum)[N]) {
+    Span h = windows_over<ADAPTIVE>(pool.h, ih), w = windows_over<ADAPTIVE>(pool.w, iw);
+    for (int oh = h.first; oh < h.end; oh++) {
+        for (int ow = w.first; ow < w.end; ow++) {
+            auto dy = load(oh, ow);
+            Divisor<W> by = divisor_of<ADAPTIVE, W>(pool, average, oh, ow);
+#pragma unroll
+            for (int k = 0; k < N; k++) sum[k] += divided<ADAPTIVE>(W(widen(dy.values[k])), by);
+        }
+    }
+}
