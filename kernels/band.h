@@ -77,17 +77,28 @@ __device__ inline void write_band(T* tensor, const Band& band, const T* tile) {
     }
 }
 
-// A block's share of n_planes planes of height rows: planes whole planes, or rows rows of one.
-struct Share {
-    long long plane;
-    int planes, row, rows;
+// What a block reads and what it writes.
+struct Work {
+    Band from, to;
 };
 
-__device__ inline Share share_of(long long n_planes, long long planes, int height, long long rows) {
+// The share of this block of n_planes planes: planes whole ones, or rows rows of one, of the
+// windows or, backward, of the inputs; and what they meet on the other side.
+template <bool ADAPTIVE, bool BACKWARD>
+__device__ inline Work work_of(const Pool& pool, long long n_planes, long long planes,
+                               long long rows) {
+    int height = BACKWARD ? pool.h.in : pool.h.out, width = BACKWARD ? pool.w.in : pool.w.out;
     int n_bands = (height + int(rows) - 1) / int(rows);
     long long plane = blockIdx.x / n_bands * planes;
-    int row = blockIdx.x % n_bands * int(rows);
-    return {plane, int(min(planes, n_planes - plane)), row, min(int(rows), height - row)};
+    int n = int(min(planes, n_planes - plane));
+    int row = blockIdx.x % n_bands * int(rows), last = min(row + int(rows), height) - 1;
+    Band to = band_of(plane, n, row, last - row + 1, height, width);
+    if (BACKWARD) {
+        Span top = windows_over<ADAPTIVE>(pool.h, row), end = windows_over<ADAPTIVE>(pool.h, last);
+        return {other_band(plane, n, top, end, pool.h.out, pool.w.out), to};
+    }
+    Span top = window_of<ADAPTIVE>(pool.h, row), end = window_of<ADAPTIVE>(pool.h, last);
+    return {other_band(plane, n, top, end, pool.h.in, pool.w.in), to};
 }
 
 // Calls f(plane, row, column, place in the band) for the elements of a band, spread over threads.
@@ -99,8 +110,9 @@ __device__ inline void for_each_in(const Band& band, int height, int width, F f)
     }
 }
 
-// One element of a tile, as a vector of one.
+// A plane of a band, as it stands in a tile: its rows count from 0 in the tensor.
 template <typename T>
-__device__ inline Vector<T, 1> element(const T* tile, int i) {
-    return {{tile[i]}};
+__device__ inline Plane<T, 1> plane_in(const T* tile, const Band& band, int plane, int height,
+                                       int width) {
+    return {tile + offset_of<T>(band) + (plane * height - band.row) * width, width, 1};
 }

@@ -19,6 +19,13 @@ __device__ inline Place place_of(long long i, long long n_channels, int height, 
     return {batch, int(row - batch * height), int(pixel - row * width), i * N - pixel * n_channels};
 }
 
+// The plane of a place, in a tensor of so many rows and columns.
+template <int N, typename T>
+__device__ inline Plane<T, N> plane_of(const T* tensor, const Place& at, int rows, int columns,
+                                       long long n_channels) {
+    return {tensor + at.batch * rows * columns * n_channels + at.first, columns, n_channels};
+}
+
 // y = the maximum of each window; its tap, and its index in its plane, where they are wanted.
 template <typename T, typename P, int N, bool ADAPTIVE, bool HAS_POSITIONS, bool HAS_INDICES>
 __global__ void max_pool_forward_kernel(const T* x, T* y, P* positions, long long* indices,
@@ -26,23 +33,18 @@ __global__ void max_pool_forward_kernel(const T* x, T* y, P* positions, long lon
     long long i = this_thread();
     if (i >= n_vectors) return;
     Place at = place_of<N>(i, n_channels, pool.h.out, pool.w.out);
-    const T* plane = x + at.batch * pool.h.in * pool.w.in * n_channels + at.first;
-    auto at_input = [&](int ih, int iw) {
-        return load<N>(plane + ((long long)ih * pool.w.in + iw) * n_channels);
-    };
     Wide<T> best[N];
     int where[N];
-    max_of_window<ADAPTIVE>(pool, at.h, at.w, at_input, best, where);
-    Vector<T, N> result;
+    Plane<T, N> plane = plane_of<N>(x, at, pool.h.in, pool.w.in, n_channels);
+    max_of_window<ADAPTIVE>(pool, at.h, at.w, plane, best, where);
+    store(y + i * N, narrowed<T>(best));
     Vector<P, N> taps;
     Vector<long long, N> places;
 #pragma unroll
     for (int k = 0; k < N; k++) {
-        result.values[k] = narrow<T>(best[k]);
         taps.values[k] = P(where[k]);
         if (HAS_INDICES) places.values[k] = index_of<ADAPTIVE>(pool, at.h, at.w, where[k]);
     }
-    store(y + i * N, result);
     if (HAS_POSITIONS) store(positions + i * N, taps);
     if (HAS_INDICES) store(indices + i * N, places);
 }
@@ -54,17 +56,11 @@ __global__ void max_pool_backward_kernel(const T* dy, const P* positions, T* dx,
     long long i = this_thread();
     if (i >= n_vectors) return;
     Place at = place_of<N>(i, n_channels, pool.h.in, pool.w.in);
-    long long plane = at.batch * pool.h.out * pool.w.out * n_channels + at.first;
-    auto at_window = [&](int oh, int ow) {
-        return plane + ((long long)oh * pool.w.out + ow) * n_channels;
-    };
     Wide<T> sum[N] = {};
-    max_gradient<ADAPTIVE>(
-        pool, at.h, at.w, [&](int oh, int ow) { return load<N>(dy + at_window(oh, ow)); },
-        [&](int oh, int ow) { return load<N>(positions + at_window(oh, ow)); }, sum);
-    Vector<T, N> result;
-    for (int k = 0; k < N; k++) result.values[k] = narrow<T>(sum[k]);
-    store(dx + i * N, result);
+    Plane<T, N> gradients = plane_of<N>(dy, at, pool.h.out, pool.w.out, n_channels);
+    Plane<P, N> taps = plane_of<N>(positions, at, pool.h.out, pool.w.out, n_channels);
+    max_gradient<ADAPTIVE>(pool, at.h, at.w, gradients, taps, sum);
+    store(dx + i * N, narrowed<T>(sum));
 }
 
 // y = the average of each window.
@@ -74,15 +70,10 @@ __global__ void avg_pool_forward_kernel(const T* x, T* y, Pool pool, Average ave
     long long i = this_thread();
     if (i >= n_vectors) return;
     Place at = place_of<N>(i, n_channels, pool.h.out, pool.w.out);
-    const T* plane = x + at.batch * pool.h.in * pool.w.in * n_channels + at.first;
-    auto at_input = [&](int ih, int iw) {
-        return load<N>(plane + ((long long)ih * pool.w.in + iw) * n_channels);
-    };
     Wide<T> sum[N] = {};
-    average_of_window<ADAPTIVE>(pool, average, at.h, at.w, at_input, sum);
-    Vector<T, N> result;
-    for (int k = 0; k < N; k++) result.values[k] = narrow<T>(sum[k]);
-    store(y + i * N, result);
+    Plane<T, N> plane = plane_of<N>(x, at, pool.h.in, pool.w.in, n_channels);
+    average_of_window<ADAPTIVE>(pool, average, at.h, at.w, plane, sum);
+    store(y + i * N, narrowed<T>(sum));
 }
 
 // dx = the sum over the windows that cover this input of dy, divided as the average was.
@@ -92,18 +83,13 @@ __global__ void avg_pool_backward_kernel(const T* dy, T* dx, Pool pool, Average 
     long long i = this_thread();
     if (i >= n_vectors) return;
     Place at = place_of<N>(i, n_channels, pool.h.in, pool.w.in);
-    const T* plane = dy + at.batch * pool.h.out * pool.w.out * n_channels + at.first;
-    auto at_window = [&](int oh, int ow) {
-        return load<N>(plane + ((long long)oh * pool.w.out + ow) * n_channels);
-    };
     Wide<T> sum[N] = {};
-    average_gradient<ADAPTIVE>(pool, average, at.h, at.w, at_window, sum);
-    Vector<T, N> result;
-    for (int k = 0; k < N; k++) result.values[k] = narrow<T>(sum[k]);
-    store(dx + i * N, result);
+    Plane<T, N> plane = plane_of<N>(dy, at, pool.h.out, pool.w.out, n_channels);
+    average_gradient<ADAPTIVE>(pool, average, at.h, at.w, plane, sum);
+    store(dx + i * N, narrowed<T>(sum));
 }
 
-// y = the maximum of each window; its tap, and its index in its plane, where they are wanted.
+// The same as max_pool_forward_kernel, by tiles.
 template <typename T, typename P, bool ADAPTIVE, bool HAS_POSITIONS, bool HAS_INDICES,
           int TILE_BYTES>
 __global__ void max_pool_forward_tile_kernel(const T* x, T* y, P* positions, long long* indices,
@@ -112,31 +98,24 @@ __global__ void max_pool_forward_tile_kernel(const T* x, T* y, P* positions, lon
     alignas(16) __shared__ T x_tile[N_IN<T, TILE_BYTES>];
     alignas(16) __shared__ T y_tile[N_OUT<T, TILE_BYTES>];
     alignas(16) __shared__ P taps_tile[HAS_POSITIONS ? N_OUT<T, TILE_BYTES> : 16];
-    Share share = share_of(n_planes, planes, pool.h.out, rows);
-    Span first = window_of<ADAPTIVE>(pool.h, share.row);
-    Span last = window_of<ADAPTIVE>(pool.h, share.row + share.rows - 1);
-    Band from = other_band(share.plane, share.planes, first, last, pool.h.in, pool.w.in);
-    Band to = band_of(share.plane, share.planes, share.row, share.rows, pool.h.out, pool.w.out);
-    read_band(x, from, n_planes * pool.h.in * pool.w.in, x_tile);
+    Work work = work_of<ADAPTIVE, false>(pool, n_planes, planes, rows);
+    read_band(x, work.from, n_planes * pool.h.in * pool.w.in, x_tile);
     __syncthreads();
-    for_each_in(to, pool.h.out, pool.w.out, [&](int plane, int oh, int ow, int i) {
-        int start = offset_of<T>(from) + (plane * pool.h.in - from.row) * pool.w.in;
+    for_each_in(work.to, pool.h.out, pool.w.out, [&](int plane, int oh, int ow, int i) {
         Wide<T> best[1];
         int where[1];
-        max_of_window<ADAPTIVE>(
-            pool, oh, ow,
-            [&](int ih, int iw) { return element(x_tile, start + ih * pool.w.in + iw); }, best,
-            where);
-        y_tile[offset_of<T>(to) + i] = narrow<T>(best[0]);
-        if (HAS_POSITIONS) taps_tile[offset_of<P>(to) + i] = P(where[0]);
-        if (HAS_INDICES) indices[to.first + i] = index_of<ADAPTIVE>(pool, oh, ow, where[0]);
+        Plane<T, 1> inputs = plane_in(x_tile, work.from, plane, pool.h.in, pool.w.in);
+        max_of_window<ADAPTIVE>(pool, oh, ow, inputs, best, where);
+        y_tile[offset_of<T>(work.to) + i] = narrow<T>(best[0]);
+        if (HAS_POSITIONS) taps_tile[offset_of<P>(work.to) + i] = P(where[0]);
+        if (HAS_INDICES) indices[work.to.first + i] = index_of<ADAPTIVE>(pool, oh, ow, where[0]);
     });
     __syncthreads();
-    write_band(y, to, y_tile);
-    if (HAS_POSITIONS) write_band(positions, to, taps_tile);
+    write_band(y, work.to, y_tile);
+    if (HAS_POSITIONS) write_band(positions, work.to, taps_tile);
 }
 
-// dx = the sum of dy over the windows whose maximum this input is.
+// The same as max_pool_backward_kernel, by tiles.
 template <typename T, typename P, bool ADAPTIVE, int TILE_BYTES>
 __global__ void max_pool_backward_tile_kernel(const T* dy, const P* positions, T* dx, Pool pool,
                                               long long n_planes, long long planes,
@@ -144,81 +123,57 @@ __global__ void max_pool_backward_tile_kernel(const T* dy, const P* positions, T
     alignas(16) __shared__ T dx_tile[N_IN<T, TILE_BYTES>];
     alignas(16) __shared__ T dy_tile[N_OUT<T, TILE_BYTES>];
     alignas(16) __shared__ P taps_tile[N_OUT<T, TILE_BYTES>];
-    Share share = share_of(n_planes, planes, pool.h.in, rows);
-    Span first = windows_over<ADAPTIVE>(pool.h, share.row);
-    Span last = windows_over<ADAPTIVE>(pool.h, share.row + share.rows - 1);
-    Band from = other_band(share.plane, share.planes, first, last, pool.h.out, pool.w.out);
-    Band to = band_of(share.plane, share.planes, share.row, share.rows, pool.h.in, pool.w.in);
-    long long n_elements = n_planes * pool.h.out * pool.w.out;
-    read_band(dy, from, n_elements, dy_tile);
-    read_band(positions, from, n_elements, taps_tile);
+    Work work = work_of<ADAPTIVE, true>(pool, n_planes, planes, rows);
+    read_band(dy, work.from, n_planes * pool.h.out * pool.w.out, dy_tile);
+    read_band(positions, work.from, n_planes * pool.h.out * pool.w.out, taps_tile);
     __syncthreads();
-    for_each_in(to, pool.h.in, pool.w.in, [&](int plane, int ih, int iw, int i) {
-        int start = (plane * pool.h.out - from.row) * pool.w.out;
+    for_each_in(work.to, pool.h.in, pool.w.in, [&](int plane, int ih, int iw, int i) {
         Wide<T> sum[1] = {};
-        max_gradient<ADAPTIVE>(
-            pool, ih, iw,
-            [&](int oh, int ow) {
-                return element(dy_tile, offset_of<T>(from) + start + oh * pool.w.out + ow);
-            },
-            [&](int oh, int ow) {
-                return element(taps_tile, offset_of<P>(from) + start + oh * pool.w.out + ow);
-            },
-            sum);
-        dx_tile[offset_of<T>(to) + i] = narrow<T>(sum[0]);
+        Plane<T, 1> gradients = plane_in(dy_tile, work.from, plane, pool.h.out, pool.w.out);
+        Plane<P, 1> taps = plane_in(taps_tile, work.from, plane, pool.h.out, pool.w.out);
+        max_gradient<ADAPTIVE>(pool, ih, iw, gradients, taps, sum);
+        dx_tile[offset_of<T>(work.to) + i] = narrow<T>(sum[0]);
     });
     __syncthreads();
-    write_band(dx, to, dx_tile);
+    write_band(dx, work.to, dx_tile);
 }
 
-// y = the average of each window.
+// The same as avg_pool_forward_kernel, by tiles.
 template <typename T, bool ADAPTIVE, int TILE_BYTES>
 __global__ void avg_pool_forward_tile_kernel(const T* x, T* y, Pool pool, Average average,
                                              long long n_planes, long long planes,
                                              long long rows) {
     alignas(16) __shared__ T x_tile[N_IN<T, TILE_BYTES>];
     alignas(16) __shared__ T y_tile[N_OUT<T, TILE_BYTES>];
-    Share share = share_of(n_planes, planes, pool.h.out, rows);
-    Span first = window_of<ADAPTIVE>(pool.h, share.row);
-    Span last = window_of<ADAPTIVE>(pool.h, share.row + share.rows - 1);
-    Band from = other_band(share.plane, share.planes, first, last, pool.h.in, pool.w.in);
-    Band to = band_of(share.plane, share.planes, share.row, share.rows, pool.h.out, pool.w.out);
-    read_band(x, from, n_planes * pool.h.in * pool.w.in, x_tile);
+    Work work = work_of<ADAPTIVE, false>(pool, n_planes, planes, rows);
+    read_band(x, work.from, n_planes * pool.h.in * pool.w.in, x_tile);
     __syncthreads();
-    for_each_in(to, pool.h.out, pool.w.out, [&](int plane, int oh, int ow, int i) {
-        int start = offset_of<T>(from) + (plane * pool.h.in - from.row) * pool.w.in;
+    for_each_in(work.to, pool.h.out, pool.w.out, [&](int plane, int oh, int ow, int i) {
         Wide<T> sum[1] = {};
-        average_of_window<ADAPTIVE>(
-            pool, average, oh, ow,
-            [&](int ih, int iw) { return element(x_tile, start + ih * pool.w.in + iw); }, sum);
-        y_tile[offset_of<T>(to) + i] = narrow<T>(sum[0]);
+        Plane<T, 1> inputs = plane_in(x_tile, work.from, plane, pool.h.in, pool.w.in);
+        average_of_window<ADAPTIVE>(pool, average, oh, ow, inputs, sum);
+        y_tile[offset_of<T>(work.to) + i] = narrow<T>(sum[0]);
     });
     __syncthreads();
-    write_band(y, to, y_tile);
+    write_band(y, work.to, y_tile);
 }
 
-// dx = the sum over the windows that cover this input of dy, divided as the average was.
+// The same as avg_pool_backward_kernel, by tiles.
 template <typename T, bool ADAPTIVE, int TILE_BYTES>
 __global__ void avg_pool_backward_tile_kernel(const T* dy, T* dx, Pool pool, Average average,
                                               long long n_planes, long long planes,
                                               long long rows) {
     alignas(16) __shared__ T dx_tile[N_IN<T, TILE_BYTES>];
     alignas(16) __shared__ T dy_tile[N_OUT<T, TILE_BYTES>];
-    Share share = share_of(n_planes, planes, pool.h.in, rows);
-    Span first = windows_over<ADAPTIVE>(pool.h, share.row);
-    Span last = windows_over<ADAPTIVE>(pool.h, share.row + share.rows - 1);
-    Band from = other_band(share.plane, share.planes, first, last, pool.h.out, pool.w.out);
-    Band to = band_of(share.plane, share.planes, share.row, share.rows, pool.h.in, pool.w.in);
-    read_band(dy, from, n_planes * pool.h.out * pool.w.out, dy_tile);
+    Work work = work_of<ADAPTIVE, true>(pool, n_planes, planes, rows);
+    read_band(dy, work.from, n_planes * pool.h.out * pool.w.out, dy_tile);
     __syncthreads();
-    for_each_in(to, pool.h.in, pool.w.in, [&](int plane, int ih, int iw, int i) {
-        int start = offset_of<T>(from) + (plane * pool.h.out - from.row) * pool.w.out;
+    for_each_in(work.to, pool.h.in, pool.w.in, [&](int plane, int ih, int iw, int i) {
         Wide<T> sum[1] = {};
-        average_gradient<ADAPTIVE>(
-            pool, average, ih, iw,
-            [&](int oh, int ow) { return element(dy_tile, start + oh * pool.w.out + ow); }, sum);
-        dx_tile[offset_of<T>(to) + i] = narrow<T>(sum[0]);
+        Plane<T, 1> gradients = plane_in(dy_tile, work.from, plane, pool.h.out, pool.w.out);
+        average_gradient<ADAPTIVE>(pool, average, ih, iw, gradients, sum);
+        dx_tile[offset_of<T>(work.to) + i] = narrow<T>(sum[0]);
     });
     __syncthreads();
-    write_band(dx, to, dx_tile);
+    write_band(dx, work.to, dx_tile);
 }

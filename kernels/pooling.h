@@ -2,6 +2,27 @@
 #pragma once
 #include "vector.h"
 
+// N channels of a plane, wherever it is.
+template <typename T, int N>
+struct Plane {
+    const T* first;
+    int width;
+    long long n_channels;
+
+    __device__ Vector<T, N> operator()(int row, int column) const {
+        return load<N>(first + ((long long)row * width + column) * n_channels);
+    }
+};
+
+// The nearest values of a type.
+template <typename T, int N>
+__device__ inline Vector<T, N> narrowed(const Wide<T> (&values)[N]) {
+    Vector<T, N> result;
+#pragma unroll
+    for (int k = 0; k < N; k++) result.values[k] = narrow<T>(values[k]);
+    return result;
+}
+
 // One dimension: sizes, and the window's; an adaptive pooling uses the sizes alone.
 struct Axis {
     int in, out, kernel, stride, padding, dilation;
@@ -64,11 +85,11 @@ __device__ inline int length_of(const Axis& axis, int out, bool with_padding) {
     return min(start + axis.kernel, axis.in + axis.padding) - start;
 }
 
-// The maximum of a window and its tap, for N neighbours at once; load(row, column) gives a
-// Vector<T, N>. As PyTorch's: a NaN replaces what was before it, and -inf is kept by its first tap.
-template <bool ADAPTIVE, int N, typename W, typename Load>
-__device__ inline void max_of_window(const Pool& pool, int oh, int ow, Load load, W (&best)[N],
-                                     int (&where)[N]) {
+// The maximum of a window and its tap, for N channels at once. As PyTorch's: a NaN replaces what
+// was before it, and -inf is kept by its first tap.
+template <bool ADAPTIVE, int N, typename T>
+__device__ inline void max_of_window(const Pool& pool, int oh, int ow, const Plane<T, N>& x,
+                                     Wide<T> (&best)[N], int (&where)[N]) {
     Span h = window_of<ADAPTIVE>(pool.h, oh), w = window_of<ADAPTIVE>(pool.w, ow);
     for (int k = 0; k < N; k++) {
         best[k] = __uint_as_float(0xff800000u);
@@ -76,10 +97,10 @@ __device__ inline void max_of_window(const Pool& pool, int oh, int ow, Load load
     }
     for (int ih = h.first, row = h.tap; ih < h.end; ih += h.step, row++) {
         for (int iw = w.first, tap = row * pool.columns + w.tap; iw < w.end; iw += w.step, tap++) {
-            auto x = load(ih, iw);
+            Vector<T, N> found = x(ih, iw);
 #pragma unroll
             for (int k = 0; k < N; k++) {
-                W value = widen(x.values[k]);
+                Wide<T> value = widen(found.values[k]);
                 bool takes = value > best[k] || value != value;
                 best[k] = takes ? value : best[k];
                 where[k] = takes ? tap : where[k];
@@ -98,21 +119,21 @@ __device__ inline long long index_of(const Pool& pool, int oh, int ow, int tap) 
 }
 
 // Adds to sum the gradients of the maxima that are input (ih, iw), by ascending windows.
-template <bool ADAPTIVE, int N, typename W, typename Load, typename Where>
-__device__ inline void max_gradient(const Pool& pool, int ih, int iw, Load load, Where where,
-                                    W (&sum)[N]) {
+template <bool ADAPTIVE, int N, typename T, typename P>
+__device__ inline void max_gradient(const Pool& pool, int ih, int iw, const Plane<T, N>& dy,
+                                    const Plane<P, N>& positions, Wide<T> (&sum)[N]) {
     Span h = windows_over<ADAPTIVE>(pool.h, ih), w = windows_over<ADAPTIVE>(pool.w, iw);
     for (int oh = h.first; oh < h.end; oh++) {
         int row = tap_of<ADAPTIVE>(pool.h, oh, ih);
         for (int ow = w.first; ow < w.end && row >= 0; ow++) {
             int column = tap_of<ADAPTIVE>(pool.w, ow, iw);
             if (column < 0) continue;
-            auto dy = load(oh, ow);
-            auto taps = where(oh, ow);
+            Vector<T, N> gradient = dy(oh, ow);
+            Vector<P, N> taps = positions(oh, ow);
 #pragma unroll
             for (int k = 0; k < N; k++) {
                 bool is_it = taps.values[k] == row * pool.columns + column;
-                sum[k] += is_it ? widen(dy.values[k]) : W(0);
+                sum[k] += is_it ? widen(gradient.values[k]) : Wide<T>(0);
             }
         }
     }
@@ -142,34 +163,36 @@ __device__ inline W divided(W sum, const Divisor<W>& by) {
     return ADAPTIVE ? sum / by.height / by.width : sum / by.height;
 }
 
-template <bool ADAPTIVE, int N, typename W, typename Load>
+template <bool ADAPTIVE, int N, typename T>
 __device__ inline void average_of_window(const Pool& pool, const Average& average, int oh, int ow,
-                                         Load load, W (&sum)[N]) {
+                                         const Plane<T, N>& x, Wide<T> (&sum)[N]) {
     Span h = window_of<ADAPTIVE>(pool.h, oh), w = window_of<ADAPTIVE>(pool.w, ow);
     for (int ih = h.first; ih < h.end; ih++) {
         for (int iw = w.first; iw < w.end; iw++) {
-            auto x = load(ih, iw);
+            Vector<T, N> found = x(ih, iw);
 #pragma unroll
-            for (int k = 0; k < N; k++) sum[k] += widen(x.values[k]);
+            for (int k = 0; k < N; k++) sum[k] += widen(found.values[k]);
         }
     }
     if (h.first >= h.end || w.first >= w.end) return;
-    Divisor<W> by = divisor_of<ADAPTIVE, W>(pool, average, oh, ow);
+    Divisor<Wide<T>> by = divisor_of<ADAPTIVE, Wide<T>>(pool, average, oh, ow);
 #pragma unroll
     for (int k = 0; k < N; k++) sum[k] = divided<ADAPTIVE>(sum[k], by);
 }
 
 // Adds to sum what input (ih, iw) gets of the gradients of its windows, by ascending windows.
-template <bool ADAPTIVE, int N, typename W, typename Load>
+template <bool ADAPTIVE, int N, typename T>
 __device__ inline void average_gradient(const Pool& pool, const Average& average, int ih, int iw,
-                                        Load load, W (&sum)[N]) {
+                                        const Plane<T, N>& dy, Wide<T> (&sum)[N]) {
     Span h = windows_over<ADAPTIVE>(pool.h, ih), w = windows_over<ADAPTIVE>(pool.w, iw);
     for (int oh = h.first; oh < h.end; oh++) {
         for (int ow = w.first; ow < w.end; ow++) {
-            auto dy = load(oh, ow);
-            Divisor<W> by = divisor_of<ADAPTIVE, W>(pool, average, oh, ow);
+            Vector<T, N> gradient = dy(oh, ow);
+            Divisor<Wide<T>> by = divisor_of<ADAPTIVE, Wide<T>>(pool, average, oh, ow);
 #pragma unroll
-            for (int k = 0; k < N; k++) sum[k] += divided<ADAPTIVE>(W(widen(dy.values[k])), by);
+            for (int k = 0; k < N; k++) {
+                sum[k] += divided<ADAPTIVE>(Wide<T>(widen(gradient.values[k])), by);
+            }
         }
     }
 }
