@@ -99,8 +99,9 @@ class CudaKernel:
         device = None if INTERPRETING else torch.cuda.current_device()
         key = device, *constants.items()
         function = self._functions.get(key)
-        if function is None:
-            function = self._functions[key] = self._compiled(self.instantiation(constants), device)
+        if function is None:  # of two threads' the first stays: freed, one would be unloaded
+            compiled = self._compiled(self.instantiation(constants), device)
+            function = self._functions.setdefault(key, compiled)
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
         if device is None:
             host.launch(function, grid, 32 * num_warps, values)
@@ -133,7 +134,6 @@ def cupy_extra() -> str:
     return "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def why_no_cupy() -> str | None:
     """Why CuPy cannot launch kernels here; None when it can. Warns, once, where it cannot.
@@ -157,12 +157,17 @@ def why_no_cupy() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _why_no_cupy() -> str | None:  # torch.compile looks past the memory of what is cached
+    return why_no_cupy()
+
+
 def takes_cuda(operator: str, *tensors: torch.Tensor | None) -> bool:
     """``takes`` for an operator whose kernels are CUDA C++: on a GPU they need CuPy, too."""
     if not takes(operator, *tensors):
         return False
     on_a_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
-    reason = why_no_cupy() if on_a_gpu else None
+    reason = _why_no_cupy() if on_a_gpu else None
     if reason is not None:
         decline(operator, reason)
     return reason is None

@@ -144,6 +144,8 @@ def share_of(
     most_out = most_in // 2 - MARGIN
     most_in -= MARGIN
     plane_in, plane_out = pool.h.n_in * pool.w.n_in, pool.h.n_out * pool.w.n_out
+    if max(plane_in, plane_out) >= 2**30:  # in a plane, band.h counts in 32 bits
+        return None
     height = pool.h.n_in if backward else pool.h.n_out
     planes = min(most_in // plane_in, most_out // plane_out)
     if planes:
@@ -184,6 +186,8 @@ def plan_of(
 ) -> Plan:
     """A tile kernel for contiguous tensors whose bands fit; else 16 bytes of channels a thread."""
     pool, backward = pool_of(input_size, output_size, window), name.endswith("backward")
+    # A window of one element has no use for a dilation, and a large one leads beyond 32 bits.
+    pool = Pool(*(a._replace(dilation=1) if a.kernel == 1 else a for a in pool))
     content = struct.pack("13i", *pool.h, *pool.w, pool.columns)
     n_planes, n_channels = input_size[0] * input_size[1], input_size[1] if channels_last else 1
     constants: dict[str, Any] = {"ADAPTIVE": not window}

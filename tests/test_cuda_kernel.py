@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import sys
 import warnings
@@ -181,6 +182,20 @@ def test_without_cupy_a_gpus_tensors_are_left_to_torch(monkeypatch: pytest.Monke
         takes_cuda("pool", on_a_gpu())
     monkeypatch.setattr(cuda, "why_no_cupy", lambda: None)
     assert takes_cuda("pool", on_a_gpu())
+
+
+def test_a_compiler_does_not_look_into_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would, with a warning, in a function that is cached."""
+    monkeypatch.setattr(cuda, "takes", lambda operator, *tensors: True)
+    monkeypatch.setattr(cuda, "why_no_cupy", functools.cache(lambda: None))
+    torch._dynamo.reset()
+    tensor = on_a_gpu()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def negated(x: torch.Tensor) -> torch.Tensor:
+        return -x if takes_cuda("pool", tensor) else x
+
+    assert negated(torch.ones(1)).item() == -1
 
 
 def test_what_takes_refuses_is_refused_before_cupy_is_asked(

@@ -51,20 +51,19 @@ def test_unpooling(n: int, dtype: torch.dtype, device: str) -> None:
     size = (9, 7)[-n:]
     name = f"max_unpool{n}d"
     ours = lambda x: getattr(GF, name)(x, indices, 3, 2, 1, size)  # noqa: E731
-    theirs = lambda x: getattr(F, name)(x, indices, 3, 2, 1, size)  # noqa: E731
+    theirs = lambda x: getattr(F, name)(x, indices.cpu(), 3, 2, 1, size)  # noqa: E731
     dy = torch.randn(2, 3, *size).to(device, dtype)
     with gpunn.trace() as trace:
         y, dx = value_and_gradient(ours, x, dy)
     launched(trace, "max_unpool_forward", "max_unpool_backward")
-    with one_thread():
-        torch_y, torch_dx = value_and_gradient(theirs, x, dy)
-    assert torch.equal(dx, torch_dx)
-    if x.is_cpu:  # on a GPU, torch's takes any of several for one place
-        assert torch.equal(y, torch_y)
+    with one_thread():  # and on a CPU: on a GPU, torch's takes any of several for one place
+        torch_y, torch_dx = value_and_gradient(theirs, x.cpu(), dy.cpu())
+    assert torch.equal(y.cpu(), torch_y)
+    assert torch.equal(dx.cpu(), torch_dx)
     images = as_numpy(x).reshape(2, 3, -1, x.shape[-1])
     flat = indices.reshape(images.shape).cpu().numpy()
     exact_y = max_unpool_forward(images, flat, (size[0] if n == 2 else 1, size[-1]))
-    assert_accurate(y, exact_y.reshape(y.shape), torch_y if x.is_cpu else y, "y")
+    assert_accurate(y, exact_y.reshape(y.shape), torch_y, "y")
     exact_dx = max_unpool_backward(as_numpy(dy).reshape(exact_y.shape), flat)
     assert_accurate(dx, exact_dx.reshape(dx.shape), torch_dx, "dx")
 
@@ -197,6 +196,13 @@ def test_strides_and_dilations_of_any_size(name: str, device: str) -> None:
         assert all(map(torch.equal, *results))
 
 
+def test_a_window_of_one_element_has_no_dilation(device: str) -> None:
+    x = torch.randn(1, 2, 8, 8, device=device, requires_grad=True)
+    y = GF.max_pool2d(x, 1, 1, 0, 2**31 - 1)
+    assert torch.equal(y, x)
+    assert torch.equal(torch.autograd.grad(y, x, 3 * x)[0], 3 * x)
+
+
 def test_saved_positions_may_lie_anyhow(device: str) -> None:
     """As after a hook that packed and unpacked them."""
     x, window = torch.randn(2, 3, 6, 6, device=device), [2, 2, 2, 2, 0, 0, 1, 1]
@@ -324,7 +330,6 @@ REFUSED: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("max_unpool2d", (X, INDICES.int(), 2), {}, "indices: .*torch.int64, got torch.int32"),
     ("max_unpool2d", (X, INDICES, 2, 2, 0, (14, 16)), {}, "output_size: .*14 and 18.*of 14"),
     ("max_unpool2d", (X, INDICES, 2, 2, 0, (16,)), {}, r"output_size: .*2 or 4 sizes, got \(16,\)"),
-    ("max_unpool2d", (X, INDICES, 1, 1, 9), {}, "output_size: .*no negative size"),
     ("max_unpool2d", (X[:, :0], INDICES[:, :0], 2), {}, "input: .*size 0"),
     ("max_unpool1d", (X, INDICES, 2), {}, "input: .*2 or 3 dimensions, got 4"),
     ("max_unpool1d", (LINE, INDICES[..., 0], 2, 2, 0, 16), {}, "output_size: .*sequence, got 16"),
@@ -343,6 +348,15 @@ def test_refused_as_torch_refuses(
     with gpunn.trace() as trace, pytest.raises(theirs.type, match=message):
         getattr(GF, name)(*given, **keywords)
     assert not trace.launches
+
+
+def test_a_negative_size_is_refused(device: str) -> None:
+    """Torch's error is a RuntimeError up to 2.11, a ValueError in 2.13."""
+    x, indices = X.to(device), INDICES.to(device)
+    with one_thread(), pytest.raises((RuntimeError, ValueError)):
+        F.max_unpool2d(x, indices, 1, 1, 9)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"output_size: .*no negative size"):
+        GF.max_unpool2d(x, indices, 1, 1, 9)
 
 
 def test_no_tensors_are_refused() -> None:
