@@ -74,12 +74,12 @@ def _change_classes(
 
 def _reason_to_keep(module: torch.nn.Module) -> str | None:
     """Why a layer should stay what it is, although its class has a counterpart."""
-    if isinstance(module, gpunn.nn.Linear):
-        fused = module.activation is not None or module.dropout_p > 0
-        return "its fused parts have no torch layer" if fused else None
-    if type(module).__module__.startswith("gpunn.") and not _namesake(type(module)):
-        return "torch has no such layer"
-    if isinstance(module, torch.nn.Linear) and {"activation", "dropout_p"} & set(vars(module)):
+    given, fusing = vars(module), (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+    if type(module).__module__.startswith("gpunn."):
+        if given.get("activation") is not None or given.get("dropout_p", 0.0) > 0:
+            return "its fused parts have no torch layer"
+        return None if _namesake(type(module)) else "torch has no such layer"
+    if isinstance(module, fusing) and {"activation", "dropout_p"} & set(given):
         return "it has an attribute that gpunn's layer would take for its own"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "its parameters are computed by a parametrization"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpunn.profiling.case import Case
+from gpunn.profiling.convolution_cases import convolution_cases
 from gpunn.profiling.dropout_cases import dropout_cases
 from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
 from gpunn.profiling.linear_cases import linear_cases
@@ -12,6 +13,7 @@ CASES: dict[str, list[Case]] = {
     "linear": linear_cases(),
     "activation": activation_cases(),
     "glu": glu_cases(),
+    "convolution": convolution_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
 }

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from convolution_scenarios import convolution_scenarios
 from cuda_scenarios import cuda_scenarios
 from gpunn.functional.glu import GATES
 from gpunn.kernels import glu, launch, product
@@ -162,6 +163,7 @@ SCENARIOS = {
     **_product_scenarios(),
     **_linear_scenarios(),
     **_elementwise_scenarios(),
+    **convolution_scenarios(),
     **cuda_scenarios(),
 }
 

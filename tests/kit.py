@@ -20,7 +20,7 @@ from gpunn.kernels.launch import LaunchRecord
 # The stem of every op: the files of gpunn/functional, without what the ops share.
 OPS = sorted(
     {path.stem for path in Path(gpunn.functional.__file__).parent.glob("*.py")}
-    - {"__init__", "dispatch", "differentiable_pooling", "window"}
+    - {"__init__", "dispatch", "convolution_arguments", "differentiable_pooling", "window"}
 )
 # What gpunn.nn re-exports from torch.nn.
 CONTAINERS = {

@@ -28,8 +28,8 @@ ROOMS = {
     "gpunn/reference": {"gpunn.reference", "numpy"},
 }
 STANDARD = {
-    "__future__", "ast", "bisect", "collections", "contextlib", "dataclasses", "functools", "math",
-    "struct", "threading", "typing",
+    "__future__", "ast", "bisect", "collections", "contextlib", "dataclasses", "functools",
+    "itertools", "math", "struct", "threading", "typing",
 }  # fmt: skip
 # Only these files of kernels/ may read files, run programs and load libraries: they compile.
 COMPILING = {

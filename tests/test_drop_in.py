@@ -36,6 +36,10 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "AvgPool1d": [(3, 2, 1, True, False)],
     "AvgPool2d": [(3, 2, 1, True, False, 5), ((2, 3),)],
     "CELU": [(0.5,)],
+    "Conv1d": [(3, 4, 2), (3, 6, 3, 2, 1, 2, 3, False)],
+    "Conv2d": [(3, 4, 3, 1, "same"), (3, 6, (2, 3), 1, 1, 1, 3, True, "reflect")],
+    "ConvTranspose1d": [(3, 4, 3, 2, 1, 1)],
+    "ConvTranspose2d": [(3, 6, 4, 2, 1, 1, 3, False)],
     "Dropout": CERTAIN,
     "Dropout1d": CERTAIN,
     "Dropout2d": CERTAIN,
@@ -57,13 +61,15 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
 }
 # Layers that have no defaults for all arguments, or are random with them.
 WITHOUT_DEFAULTS = {
-    "Linear", *(name for name in NAMESAKES if "Dropout" in name or "pool" in name.lower())
-}  # fmt: skip
+    "Linear",
+    *(name for name in NAMESAKES if any(part in name for part in ("Conv", "Dropout", "ool"))),
+}
 # Shapes of the inputs of layers that do not take every shape.
 SHAPES: dict[str, tuple[int, ...]] = {
     "Dropout2d": (4, 6, 3, 5),
     "Dropout3d": (4, 6, 3, 2, 5),
-    **{name: (4, 3, 6) for name in NAMESAKES if name.endswith("ool2d")},
+    **{name: (4, 3, 6) for name in NAMESAKES if name.endswith(("ool2d", "Conv1d", "pose1d"))},
+    **{name: (2, 3, 4, 6) for name in NAMESAKES if name.endswith(("Conv2d", "pose2d"))},
 }
 
 
@@ -107,6 +113,9 @@ def test_function_signature(name: str) -> None:
         signatures_of(name, ours, theirs)
 
 
+WEIGHTED = {"weight": inspect.Parameter.empty, "bias": None, "stride": 1, "padding": 0}
+CONVOLUTION = {**WEIGHTED, "dilation": 1, "groups": 1}
+TRANSPOSED = {**WEIGHTED, "output_padding": 0, "groups": 1, "dilation": 1}
 AVG_POOL: dict[str, Any] = {
     "kernel_size": inspect.Parameter.empty, "stride": None, "padding": 0, "ceil_mode": False,
     "count_include_pad": True,
@@ -117,6 +126,10 @@ BUILTINS: dict[str, dict[str, Any]] = {
     "adaptive_avg_pool1d": {"output_size": inspect.Parameter.empty},
     "avg_pool1d": AVG_POOL,
     "avg_pool2d": {**AVG_POOL, "divisor_override": None},
+    "conv1d": CONVOLUTION,
+    "conv2d": CONVOLUTION,
+    "conv_transpose1d": TRANSPOSED,
+    "conv_transpose2d": TRANSPOSED,
     "gelu": {"approximate": "none"},
     "hardshrink": {"lambd": 0.5},
     "linear": {"weight": inspect.Parameter.empty, "bias": None},

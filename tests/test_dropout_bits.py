@@ -92,8 +92,9 @@ def test_an_index_may_need_64_bits(
 ) -> None:
     n_channels, n_inner = sizes
     y = torch.empty(32 * width, device=device)
+    kernel = CudaText(PROBE, "probe_kernel")  # is unloaded with its last name, maybe while it runs
     run(
-        "test", CudaText(PROBE, "probe_kernel"), (1,), torch.tensor([77], device=device), y, first,
+        "test", kernel, (1,), torch.tensor([77], device=device), y, first,
         n_channels, n_inner, launch=CudaLaunch(num_warps=1), T=y.dtype, N=width, MODE=mode,
     )  # fmt: skip
     elements = range(first, first + 32 * width)
@@ -121,8 +122,9 @@ def test_the_threshold_itself_is_dropped(p: float, device: str) -> None:
     least = max(round(p * 2**32), 1)
     bits = [0, least - 1, min(least, 2**32 - 1), 2**31 - 1, 2**31, 2**32 - 1]
     y = torch.empty(len(bits), dtype=torch.float64, device=device)
+    kernel = CudaText(RULE, "rule_kernel")
     run(
-        "test", CudaText(RULE, "rule_kernel"), (1,), torch.tensor(bits, device=device), y,
+        "test", kernel, (1,), torch.tensor(bits, device=device), y,
         dropout_arguments(p)[0], launch=CudaLaunch(num_warps=1), N=len(bits),
     )  # fmt: skip
     assert y.tolist() == [float(value >= least) for value in bits]

@@ -24,13 +24,27 @@ def pooling_arguments(device: str) -> dict[str, tuple[object, ...]]:
     }
 
 
+def convolution_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """Strided, dilated, padded unevenly, in groups, with all that is fused."""
+    x, dz = torch.randn(2, 4, 6, 5, device=device), torch.randn(2, 6, 3, 3, device=device)
+    weight, bias = torch.randn(6, 2, 2, 3, device=device), torch.randn(6, device=device)
+    geometry = [2, 1], [1, 0, 0, 2], [1, 2], 2
+    fused: tuple[object, ...] = "gelu", [], True
+    return {
+        "conv_forward": (x, weight, bias, dz, *geometry, *fused),
+        "conv_transpose_forward": (dz, weight, bias[:4], x, [6, 5], *geometry, *fused),
+        "conv_weight_gradient": (dz, x, [6, 2, 2, 3], *geometry),
+    }
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Arguments for every registered op, of which none requires a gradient."""
     x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
     bias, residual = torch.randn(8, device=device), torch.randn(6, 8, device=device)
     seed = torch.randint(2**62, (1,), device=device)
     wide = torch.randn(4, 6, device=device)
-    return pooling_arguments(device) | {
+    images = convolution_arguments(device) | pooling_arguments(device)
+    return images | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),
         "glu_forward": (wide, 1, "silu", []),

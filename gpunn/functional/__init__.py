@@ -22,6 +22,7 @@ from gpunn.functional.activation import (
     tanh,
     tanhshrink,
 )
+from gpunn.functional.convolution import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from gpunn.functional.dropout import (
     alpha_dropout,
     dropout,
@@ -55,6 +56,10 @@ __all__ = [
     "avg_pool1d",
     "avg_pool2d",
     "celu",
+    "conv1d",
+    "conv2d",
+    "conv_transpose1d",
+    "conv_transpose2d",
     "dropout",
     "dropout1d",
     "dropout2d",

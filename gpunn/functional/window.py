@@ -48,7 +48,7 @@ def integers(operator: str, name: str, value: Any, allowed: Sequence[int]) -> li
     return [item if _is_plain(item) else item.__index__() for item in items]
 
 
-def _pair(operator: str, name: str, value: Any, n: int, row: int, least: int) -> list[int]:
+def pair(operator: str, name: str, value: Any, n: int, row: int, least: int) -> list[int]:
     """Both dimensions' integers, ``row`` being that of the row that a 1d op adds."""
     values = integers(operator, name, value, range(1, n + 1))
     if min(values) < least:
@@ -90,15 +90,15 @@ def read_window(
         RuntimeError: an argument has a wrong length or range, or the padding is more than half
             of the kernel size (not dilated, as in torch).
     """
-    kernel = _pair(operator, "kernel_size", kernel_size, n, 1, 1)
+    kernel = pair(operator, "kernel_size", kernel_size, n, 1, 1)
     omitted = stride is None or (isinstance(stride, (tuple, list)) and not stride)
-    steps = list(kernel) if omitted else _pair(operator, "stride", stride, n, 1, 1)
-    pads = _pair(operator, "padding", padding, n, 0, 0)
+    steps = list(kernel) if omitted else pair(operator, "stride", stride, n, 1, 1)
+    pads = pair(operator, "padding", padding, n, 0, 0)
     if any(2 * pad > size for pad, size in zip(pads, kernel, strict=True)):
         raise RuntimeError(
             f"padding: {operator} allows at most half of kernel_size {kernel_size}, got {padding}"
         )
-    return kernel + steps + pads + _pair(operator, "dilation", dilation, n, 1, 1)
+    return kernel + steps + pads + pair(operator, "dilation", dilation, n, 1, 1)
 
 
 _read_before = functools.lru_cache(maxsize=1024, typed=True)(read_window)

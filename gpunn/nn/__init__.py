@@ -38,6 +38,7 @@ from gpunn.nn.activation import (
     Tanh,
     Tanhshrink,
 )
+from gpunn.nn.convolution import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from gpunn.nn.dropout import (
     AlphaDropout,
     Dropout,
@@ -75,6 +76,10 @@ __all__ = [
     "AlphaDropout",
     "AvgPool1d",
     "AvgPool2d",
+    "Conv1d",
+    "Conv2d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
     "Dropout",
     "Dropout1d",
     "Dropout2d",

@@ -1,0 +1,264 @@
+"""Launchers of convolution: forward, transposed (which is the gradient of the input), and weight.
+
+``padding`` is [top, bottom, left, right]; bottom and right are in the output's size. Results lie
+in memory as torch's do: channels_last where the input or the weight does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from gpunn.kernels.convolve import (
+    FEWEST_CHANNELS,
+    Outputs,
+    convolve,
+    forward_taps,
+    partial_weights,
+    transposed_taps,
+)
+from gpunn.kernels.elementwise import in_memory_order_of
+from gpunn.kernels.launch import operator
+from gpunn.kernels.linear import as_matrix, saves
+from gpunn.kernels.pooling import format_of, is_channels_last
+from gpunn.kernels.product import Epilogue, finish, product
+
+
+def _y_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    return format_of(is_channels_last(x) or is_channels_last(weight))
+
+
+def _allocated(
+    shape: tuple[int, ...],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    activation: str,
+    parameters: list[float],
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and what ``saves`` calls "saved", for inputs of any convolution."""
+    memory_format = _y_format(x, weight)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    kept = keep and saves(activation, parameters, 0.0, residual is not None) == "saved"
+    return y, torch.empty_like(y) if kept else y.new_empty((0,))
+
+
+def _outputs(
+    y: torch.Tensor,
+    saved: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    parameters: list[float],
+) -> Outputs:
+    return Outputs(
+        y,
+        saved if saved.numel() else None,
+        None if bias is None else bias.contiguous(),
+        None if residual is None else in_memory_order_of(residual, y),
+        activation,
+        parameters,
+    )
+
+
+def _as_rows(images: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) as a matrix of N · H · W rows of channels: a view of channels_last images."""
+    return as_matrix(images.permute(0, 2, 3, 1))
+
+
+def _multiply(name: str, x: torch.Tensor, weight: torch.Tensor, outputs: Outputs) -> None:
+    """A convolution of single taps on channels_last images: linear's product."""
+    residual, saved = outputs.residual, outputs.saved
+    epilogue = Epilogue(
+        _as_rows(outputs.y),
+        outputs.bias,
+        None if residual is None else _as_rows(residual),
+        None,
+        None if saved is None else _as_rows(saved),
+        outputs.activation,
+        outputs.parameters,
+    )
+    product(name, _as_rows(x), weight, epilogue)
+
+
+def _are_single_taps(x: torch.Tensor, y: torch.Tensor, *geometry: list[int]) -> bool:
+    """Whether each output looks up one input, and both lie as matrices of channels."""
+    kernel, stride, padding, groups = geometry
+    single = (*kernel, *stride, *groups) == (1,) * 5 and not any(padding)
+    return single and all(t.permute(0, 2, 3, 1).is_contiguous() for t in (x, y))
+
+
+def _conv_forward_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    parameters: list[float],
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    size = [
+        (x.shape[2 + d] + padding[2 * d] + padding[2 * d + 1]
+         - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
+        for d in (0, 1)
+    ]  # fmt: skip
+    shape = x.shape[0], weight.shape[0], *size
+    return _allocated(shape, x, weight, residual, activation, parameters, keep)
+
+
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, {}SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, float[] parameters, "
+    "bool keep) -> (Tensor, Tensor)"
+)
+
+
+@operator("conv_forward" + SCHEMA.format(""), fake=_conv_forward_fake)
+def conv_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    parameters: list[float],
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (N, K, OH, OW) = f(conv(x, weight) + bias) + residual; and, to ``keep``, "saved".
+
+    x (N, C, H, W), weight (K, C / groups, R, S), with any strides.
+    """
+    y, saved = _conv_forward_fake(
+        x, weight, bias, residual, stride, padding, dilation, groups, activation, parameters, keep
+    )
+    if not y.numel():
+        return y, saved
+    outputs = _outputs(y, saved, bias, residual, activation, parameters)
+    kernel = list(weight.shape[2:])
+    if _are_single_taps(x, y, kernel, stride, padding, [groups]):
+        _multiply("conv_forward", x, weight.flatten(1), outputs)
+        return y, saved
+    rows, cols = (
+        forward_taps(y.shape[2 + d], kernel[d], stride[d], padding[2 * d], dilation[d])
+        for d in (0, 1)
+    )
+    convolve("conv_forward", x, weight.unflatten(0, (groups, -1)), outputs, (rows, cols))
+    return y, saved
+
+
+def _conv_transpose_forward_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    output_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    parameters: list[float],
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = x.shape[0], weight.shape[1] * groups, *output_size
+    return _allocated(shape, x, weight, residual, activation, parameters, keep)
+
+
+@operator(
+    "conv_transpose_forward" + SCHEMA.format("SymInt[] output_size, "),
+    fake=_conv_transpose_forward_fake,
+)
+def conv_transpose_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    output_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    parameters: list[float],
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (N, K, *output_size): what a convolution whose gradient is x would get for its input.
+
+    x (N, C, H, W), weight (C, K / groups, R, S); otherwise as ``conv_forward``.
+    """
+    y, saved = _conv_transpose_forward_fake(
+        x, weight, bias, residual, output_size, stride, padding, dilation, groups, activation,
+        parameters, keep,
+    )  # fmt: skip
+    if not y.numel():
+        return y, saved
+    outputs = _outputs(y, saved, bias, residual, activation, parameters)
+    kernel = list(weight.shape[2:])
+    if _are_single_taps(x, y, kernel, stride, padding, [groups]):
+        _multiply("conv_transpose_forward", x, weight.flatten(1).T, outputs)
+        return y, saved
+    by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    rows, cols = (
+        transposed_taps(output_size[d], kernel[d], stride[d], padding[2 * d], dilation[d])
+        for d in (0, 1)
+    )
+    for phase in itertools.product(rows, cols):
+        convolve("conv_transpose_forward", x, by_group, outputs, phase)
+    return y, saved
+
+
+def _conv_weight_gradient_fake(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    weight_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    return dz.new_empty(weight_size)
+
+
+@operator(
+    "conv_weight_gradient(Tensor dz, Tensor x, SymInt[] weight_size, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    fake=_conv_weight_gradient_fake,
+)
+def conv_weight_gradient(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    weight_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """dweight (K, C / groups, R, S): for each tap the sum of dz times the inputs it was over.
+
+    dz (N, K, OH, OW), x (N, C, H, W). The places are summed in parts, which are added in order.
+    """
+    dweight = _conv_weight_gradient_fake(dz, x, weight_size, stride, padding, dilation, groups)
+    if not dz.numel() or not dweight.numel():
+        return dweight.zero_()
+    n_outputs, n_channels, *kernel = weight_size
+    dz = dz.contiguous(memory_format=torch.channels_last)
+    if groups > 1 or n_channels >= FEWEST_CHANNELS:
+        x = x.contiguous(memory_format=torch.channels_last)
+    rows, cols = (
+        forward_taps(dz.shape[2 + d], kernel[d], stride[d], padding[2 * d], dilation[d])
+        for d in (0, 1)
+    )
+    partials = partial_weights(dz, x, weight_size, (rows, cols), groups)
+    total = dweight.new_empty((n_outputs, math.prod(kernel) * n_channels))
+    finish("conv_weight_gradient", partials, Epilogue(total))
+    return dweight.copy_(total.view(n_outputs, *kernel, n_channels).permute(0, 3, 1, 2))

@@ -1,0 +1,70 @@
+"""The launches of the convolutions' kernels that are compiled: each tile, and by groups."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from gpunn.kernels.launch import launchers
+from gpunn.kernels.pooling import format_of
+from gpunn.profiling.static_report import meta
+from scenario import Scenario
+
+HALF = torch.bfloat16
+STRIDE, PADDING, DILATION = [2, 2], [1, 1, 1, 1], [1, 1]
+
+
+def _images(shape: list[int], dtype: torch.dtype, channels_last: bool = True) -> torch.Tensor:
+    memory_format = format_of(channels_last)
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+def _convolution(
+    kind: str, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, channels_last: bool
+) -> None:
+    """Forward with all that it fuses, or one of the gradients, for (N, C, K, size, groups)."""
+    n, c, k, size, groups = sizes
+    x, weight = _images([n, c, size, size], dtype, channels_last), [k, c // groups, 3, 3]
+    y = _images([n, k, size // 2, size // 2], dtype, channels_last)
+    geometry = STRIDE, PADDING, DILATION, groups
+    w = meta(*weight, dtype=dtype)
+    if kind == "forward":
+        bias = meta(k, dtype=dtype)
+        launchers["conv_forward"](x, w, bias, y, *geometry, "gelu_tanh", [], True)
+    elif kind == "transposed":
+        launchers["conv_transpose_forward"](
+            y, w, None, None, [size, size], *geometry, "identity", [], False
+        )
+    else:
+        launchers["conv_weight_gradient"](y, x, weight, *geometry)
+
+
+# Name: (N, C, K, size, groups) and dtype, as large as the tile asks for.
+SIZES: dict[str, tuple[tuple[int, int, int, int, int], torch.dtype]] = {
+    "128x128": ((64, 128, 256, 56, 1), HALF),
+    "128x64": ((16, 64, 128, 28, 1), HALF),
+    "64x64": ((1, 64, 64, 14, 1), HALF),
+    "64x32": ((1, 64, 64, 8, 1), HALF),
+    "packed": ((64, 3, 64, 224, 1), HALF),
+    "packed-64x32": ((1, 3, 64, 8, 1), HALF),
+    "packed-outputs": ((64, 64, 3, 56, 1), HALF),
+    "groups": ((64, 256, 256, 56, 4), HALF),
+    "depthwise": ((64, 128, 128, 56, 128), HALF),
+    "float32-64x64": ((64, 64, 128, 56, 1), torch.float32),
+    "float32-32x32": ((1, 64, 64, 14, 1), torch.float32),
+    "float32-packed": ((64, 3, 64, 224, 1), torch.float32),
+    "float32-depthwise": ((64, 128, 128, 56, 128), torch.float32),
+}
+
+
+def convolution_scenarios() -> dict[str, Scenario]:
+    """Of the weight's gradient, the sum of its parts is launched, too."""
+    found = {}
+    for name, (sizes, dtype) in SIZES.items():
+        for kind in ("forward", "transposed", "weight"):
+            for channels_last in (True, False) if name in ("128x128", "packed") else (True,):
+                layout = "" if channels_last else "-contiguous"
+                launch = partial(_convolution, kind, sizes, dtype, channels_last)
+                found[f"convolution-{kind}-{name}{layout}"] = Scenario(launch)
+    return found
