@@ -117,7 +117,7 @@ class CudaKernel:
         return nvrtc.loaded(self.source, instantiation, 10 * major + minor)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _struct(content: bytes) -> NDArray[np.void]:
     """The bytes of a struct as what CuPy passes by value: an array of one element."""
     return np.frombuffer(content, dtype=f"V{len(content)}")
