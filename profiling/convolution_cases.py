@@ -95,7 +95,7 @@ class Convolution:
         return 2 * elements, n * flops
 
     def launch(self) -> None:
-        """Call the launchers as ``gpunn.functional`` does; without the pass over dy alone."""
+        """Call the launchers as ``gpunn.functional`` does."""
         x, weight, bias, y = (
             torch.empty(
                 shape,
@@ -105,21 +105,29 @@ class Convolution:
             )
             for shape in self.shapes()
         )
-        p, s = self.padding, [self.stride] * 2
-        geometry = s, [p] * 4, [1, 1], self.groups
-        name, parameters = resolve_activation(self.activation)
-        forward, adjoint = launchers["conv_forward"], launchers["conv_transpose_forward"]
-        bare = "identity", list[float](), False
+        geometry = [self.stride] * 2, [self.padding] * 4, [1, 1], self.groups
         if self.mode != "backward":
-            fused = name, parameters, self.mode == "step"
-            if self.transposed:
-                adjoint(x, weight, bias, None, list(y.shape[2:]), *geometry, *fused)
-            else:
-                forward(x, weight, bias, None, *geometry, *fused)
-        if 0 in self.wanted and self.transposed:
-            forward(y, weight, None, None, *geometry, *bare)
-        elif 0 in self.wanted:
-            adjoint(y, weight, None, None, list(x.shape[2:]), *geometry, *bare)
+            fused = *resolve_activation(self.activation), self.mode == "step"
+            size = [list(y.shape[2:])] if self.transposed else []
+            forward = "conv_transpose_forward" if self.transposed else "conv_forward"
+            launchers[forward](x, weight, bias, None, *size, *geometry, *fused)
+        self.launch_gradients(x, weight, y, geometry)
+
+    def launch_gradients(
+        self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, geometry: tuple[object, ...]
+    ) -> None:
+        """The pass over dy where there is one, then the gradients that are wanted."""
+        bare = "identity", list[float](), False
+        if self.wanted and (self.activation or 2 in self.wanted):
+            rows, fused = y.permute(0, 2, 3, 1), resolve_activation(self.activation)
+            saved, needs_dz = (rows, True) if self.activation else (None, False)
+            launchers["linear_epilogue_backward"](
+                rows, saved, None, *fused, 0.0, y.dtype, needs_dz, 2 in self.wanted
+            )
+        if 0 in self.wanted:
+            size = [] if self.transposed else [list(x.shape[2:])]
+            adjoint = "conv_forward" if self.transposed else "conv_transpose_forward"
+            launchers[adjoint](y, weight, None, None, *size, *geometry, *bare)
         if 1 in self.wanted:
             pair = (x, y) if self.transposed else (y, x)
             launchers["conv_weight_gradient"](*pair, list(weight.shape), *geometry)
