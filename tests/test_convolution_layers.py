@@ -1,0 +1,90 @@
+"""Convolutions as layers: torch's parameters, with an activation by keyword."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpunn
+import gpunn.nn
+from kit import launched
+from test_convolution_modes import agree
+
+LAYERS: dict[str, tuple[tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = {
+    "Conv1d": ((4, 6, 3), {"stride": 2, "padding": 1, "groups": 2}, (2, 4, 7)),
+    "Conv2d": ((4, 6, (3, 2)), {"padding": "same", "groups": 2}, (2, 4, 5, 6)),
+    "ConvTranspose1d": ((4, 6, 3), {"stride": 2, "output_padding": 1}, (2, 4, 4)),
+    "ConvTranspose2d": ((4, 6, (3, 2)), {"stride": (2, 1), "groups": 2}, (2, 4, 3, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.2)])
+def test_layers_are_torchs_with_their_activation(name: str, activation: Any, device: str) -> None:
+    arguments, options, shape = LAYERS[name]
+    ours = getattr(gpunn.nn, name)(*arguments, **options, activation=activation).to(device)
+    theirs = getattr(torch.nn, name)(*arguments, **options).to(device)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(shape, device=device, requires_grad=True)
+    z = theirs(x)
+    residual = torch.randn_like(z, requires_grad=True)
+    slope = {None: 1.0, "relu": 0.0}.get(activation, 0.2) if activation is None else None
+    y = z if slope else F.relu(z) if activation == "relu" else F.leaky_relu(z, 0.2)
+    got = torch.autograd.grad(ours(x, residual=residual).sum(), [x, residual, *ours.parameters()])
+    torch.testing.assert_close(ours(x, residual=residual), y + residual, rtol=1e-4, atol=1e-4)
+    expected = torch.autograd.grad((y + residual).sum(), [x, residual, *theirs.parameters()])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert (f"activation={activation!r}" in repr(ours)) == (activation is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [2, "same"])
+def test_padding_modes_of_a_row(mode: Any, padding: Any, device: str) -> None:
+    ours = gpunn.nn.Conv1d(3, 4, 4, padding=padding, padding_mode=mode).to(device)
+    theirs = torch.nn.Conv1d(3, 4, 4, padding=padding, padding_mode=mode).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 7, device=device, requires_grad=True)
+    torch.use_deterministic_algorithms(False)  # a GPU's gradients of these paddings are not
+    agree(ours(x), theirs(x), [x])
+    assert ours(x[0]).shape == theirs(x[0]).shape
+
+
+def test_accelerate_and_restore(device: str) -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.ConvTranspose2d(4, 3, 2, 2),
+        torch.nn.Flatten(2), torch.nn.Conv1d(3, 2, 3, padding=1, padding_mode="circular"),
+        torch.nn.ConvTranspose1d(2, 2, 3), torch.nn.Conv3d(1, 1, 1),
+    ).to(device)  # fmt: skip
+    x = torch.randn(2, 3, 4, 5, device=device)
+    expected = net[:-1](x)
+    record = gpunn.accelerate(net)
+    assert set(record.replaced) == {"0", "1", "2", "4", "5"}
+    assert "Conv3d" in record.kept["6"]
+    with gpunn.trace() as trace:
+        torch.testing.assert_close(net[:-1](x), expected, rtol=1e-4, atol=1e-4)
+    launched(trace, "conv_forward", "conv_transpose_forward", "activation_forward")
+    net.append(gpunn.nn.Conv2d(3, 4, 3, activation="relu"))
+    restored = gpunn.restore(net)
+    assert set(restored.replaced) == {"0", "1", "2", "4", "5"}
+    assert "its fused parts have no torch layer" in restored.kept["7"]
+    torch.testing.assert_close(net[:-2](x), expected)
+
+
+def test_an_attribute_that_would_be_taken_for_the_activation() -> None:
+    layer = torch.nn.Conv2d(3, 4, 3)
+    layer.activation = "relu"  # type: ignore[assignment]
+    record = gpunn.accelerate(torch.nn.Sequential(layer))
+    assert not record.replaced
+    assert "attribute" in record.kept["0"]
+
+
+def test_a_layer_refuses_an_unknown_activation() -> None:
+    for name, (arguments, options, _) in LAYERS.items():
+        with pytest.raises(ValueError, match=r"activation.*'rleu'"):
+            getattr(gpunn.nn, name)(*arguments, **options, activation="rleu")
