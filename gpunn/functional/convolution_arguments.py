@@ -133,6 +133,8 @@ def transposed_geometry(
     spread, kernel = pair(operator, "dilation", dilation, n, 1, 1), _kernel(n, weight)
     top, left = pair(operator, "padding", padding, n, 0, 0)
     extra = pair(operator, "output_padding", output_padding, n, 0, 0)
+    if min(kernel) < 1:
+        raise RuntimeError(f"weight: {operator} expects no empty kernel, got {tuple(weight.shape)}")
     if any(extra[d] >= max(steps[d], spread[d]) for d in (0, 1)):
         raise RuntimeError(
             f"output_padding: {operator} expects less than stride or dilation, got {output_padding}"
