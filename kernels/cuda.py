@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,6 +116,18 @@ class CudaKernel:
             return host.entry(self.source, instantiation)
         major, minor = torch.cuda.get_device_capability(device)
         return nvrtc.loaded(self.source, instantiation, 10 * major + minor)
+
+
+@functools.lru_cache(maxsize=4096)
+def divisor(number: int) -> bytes:
+    """``Divisor`` of ``vector.h``: a number from 1 on, and how to divide by it with a product.
+
+    Source: Granlund and Montgomery, "Division by invariant integers using multiplication" (1994).
+    """
+    if not 1 < number < 2**31:
+        return struct.pack("qII", number, 0, 0)
+    shift = (number - 1).bit_length() - 1
+    return struct.pack("qII", number, -(-(1 << 32 + shift) // number), shift)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -75,15 +75,15 @@ __global__ void dropout_kernel(const T* x, const long long* seed, T* y, long lon
 
 // The sizes of (rows, channels, inner), as the tensor lies in memory; or (rows, inner, channels).
 struct Sizes {
-    Index channels, inner;
+    Divisor channels, inner;
 };
 
 // Channels are contiguous, and N elements lie in two of them at most, as N <= inner.
 template <int N, typename T>
 __device__ void choose_outer(Outcome<T> (&outcomes)[N], unsigned long long seed, Index first,
                              Sizes sizes, const Rule<T>& rule) {
-    Index channel = quotient(first, sizes.inner), n_left = (channel + 1) * sizes.inner - first;
-    int n_here = n_left < N ? int(n_left) : N;
+    Index channel = quotient(first, sizes.inner), end = (channel + 1) * sizes.inner.divisor;
+    int n_here = end - first < N ? int(end - first) : N;
     unsigned here[1], next[1] = {0};
     draw(here, seed, channel);
     if (n_here < N) draw(next, seed, channel + 1);
@@ -92,13 +92,23 @@ __device__ void choose_outer(Outcome<T> (&outcomes)[N], unsigned long long seed,
     for (int k = 0; k < N; k++) outcomes[k] = k < n_here ? of_here : of_next;
 }
 
+// The number of the channel that an element is of, where channels vary fastest.
+__device__ inline Index channel_of(Index element, const Sizes& sizes) {
+    if (element >> 31 || !sizes.channels.multiplier || !sizes.inner.multiplier) {
+        Index position = element / sizes.channels.divisor, row = position / sizes.inner.divisor;
+        return element - (position - row) * sizes.channels.divisor;
+    }
+    unsigned position = quick_quotient(unsigned(element), sizes.channels);
+    unsigned row = quick_quotient(position, sizes.inner);
+    return unsigned(element) - (position - row) * unsigned(sizes.channels.divisor);
+}
+
 // Each of N neighbours is of another channel.
 template <int N, typename T>
 __device__ void choose_inner(Outcome<T> (&outcomes)[N], unsigned long long seed, Index first,
                              Sizes sizes, const Rule<T>& rule) {
-    Index position = quotient(first, sizes.channels), row = quotient(position, sizes.inner);
     unsigned bits[N];
-    draw(bits, seed, first - (position - row) * sizes.channels);
+    draw(bits, seed, channel_of(first, sizes));
 #pragma unroll
     for (int k = 0; k < N; k++) outcomes[k] = rule(bits[k]);
 }
@@ -118,12 +128,12 @@ __device__ void drop_channels(const T* x, unsigned long long seed, T* y, Index f
 // Whole channels are drawn: channel c of row r as element r n_channels + c. VECTOR divides
 // n_channels where the channels are last, and is at most n_inner where they are not.
 template <typename T, int VECTOR, bool CHANNELS_LAST>
-__global__ void channel_dropout_kernel(const T* x, const long long* seed, T* y,
-                                       long long n_elements, long long n_channels,
-                                       long long n_inner, long long threshold, double scale,
-                                       double kept_addend, double dropped_addend) {
+__global__ void channel_dropout_kernel(const T* x, const long long* seed, T* y, Divisor n_channels,
+                                       Divisor n_inner, long long n_elements, long long threshold,
+                                       double scale, double kept_addend,
+                                       double dropped_addend) {
     Rule<T> rule(threshold, scale, kept_addend, dropped_addend);
-    Sizes sizes{Index(n_channels), Index(n_inner)};
+    Sizes sizes{n_channels, n_inner};
     Index first = this_thread() * VECTOR, n = n_elements;
     if (first + VECTOR <= n) {
         drop_channels<VECTOR, CHANNELS_LAST>(x, *seed, y, first, sizes, rule);

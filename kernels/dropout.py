@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpunn.kernels.cuda import CudaKernel, CudaLaunch
+from gpunn.kernels.cuda import CudaKernel, CudaLaunch, divisor
 from gpunn.kernels.elementwise import LAUNCH
 from gpunn.kernels.launch import cdiv, operator, run
 from gpunn.kernels.philox import dropout_arguments, dropout_factor
@@ -113,17 +113,15 @@ def _drop(
     vector, kernel, constants = 16 // y.element_size(), ELEMENTS, {}
     arguments: tuple[int | float, ...] = (dropout_arguments(p)[0], *coefficients(p, kind))
     n_inner = 1 if channel is None else y.shape[channel + 1 :].numel()
+    divisors: tuple[bytes, ...] = ()
     if source.dtype == torch.uint8:
         kernel, arguments, source = MASKED, arguments[1:3], source.contiguous()
     elif channel is not None and n_inner > 1:
         n_channels, channels_last = y.shape[channel], not y.is_contiguous()
         fits = n_channels % vector == 0 if channels_last else n_inner >= vector
-        vector, kernel, constants = (
-            vector if fits else 1,
-            CHANNELS,
-            dict(CHANNELS_LAST=channels_last),
-        )
-        arguments = (n_channels, n_inner, *arguments)
+        vector, kernel = vector if fits else 1, CHANNELS
+        constants = dict(CHANNELS_LAST=channels_last)
+        divisors = divisor(n_channels), divisor(n_inner)
     if x.data_ptr() % 16 or y.data_ptr() % 16:
         vector = 1
     run(
@@ -133,6 +131,7 @@ def _drop(
         x,
         source,
         y,
+        *divisors,
         y.numel(),
         *arguments,
         launch=CUDA_LAUNCH,

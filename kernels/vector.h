@@ -77,3 +77,18 @@ __device__ inline long long this_thread() {
 __device__ inline long long quotient(long long a, long long b) {
     return (a | b) >> 31 ? a / b : unsigned(a) / unsigned(b);
 }
+
+// What is divided by often, as divisor() of cuda.py makes it: up to 2^31, a / divisor is
+// a multiplier / 2^(32 + shift), rounded down. Without a multiplier, a division must do.
+struct Divisor {
+    long long divisor;
+    unsigned multiplier, shift;
+};
+
+__device__ inline unsigned quick_quotient(unsigned a, const Divisor& by) {
+    return __umulhi(a, by.multiplier) >> by.shift;
+}
+
+__device__ inline long long quotient(long long a, const Divisor& by) {
+    return a >> 31 || !by.multiplier ? a / by.divisor : quick_quotient(unsigned(a), by);
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import struct
 import sys
 import warnings
@@ -15,7 +16,7 @@ import torch
 
 import gpunn
 from gpunn.kernels import cuda
-from gpunn.kernels.cuda import CudaKernel, CudaLaunch, takes_cuda, why_no_cupy
+from gpunn.kernels.cuda import CudaKernel, CudaLaunch, divisor, takes_cuda, why_no_cupy
 from gpunn.kernels.launch import Device, LaunchRecord, captured, run
 from kit import CudaText, launched
 
@@ -206,3 +207,18 @@ def test_what_takes_refuses_is_refused_before_cupy_is_asked(
         assert not takes_cuda("pool", torch.ones(1))
     with gpunn.backend("auto"):
         assert not takes_cuda("pool", torch.ones(1, device="meta"))
+
+
+def test_a_product_divides() -> None:
+    """Around every multiple that is tried, for divisors around every power of two."""
+    draw = random.Random(20240229)
+    numbers = {2**k + step for k in range(32) for step in (-1, 0, 1)} | {3, 7, 100, 2**33}
+    for number in sorted(numbers - {0}):
+        found, multiplier, shift = struct.unpack("qII", divisor(number))
+        assert found == number
+        assert (multiplier == 0) == (number == 1 or number >= 2**31)
+        assert multiplier < 2**32
+        multiples = [draw.randrange(2**31) // number * number for _ in range(50)]
+        for a in (0, 2**31 - 1, *(m + step for m in multiples for step in (-1, 0, number - 1))):
+            if multiplier and 0 <= a < 2**31:
+                assert a * multiplier >> 32 + shift == a // number

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gpunn.functional as GF
-from gpunn.kernels.cuda import CudaLaunch
+from gpunn.kernels.cuda import CudaLaunch, divisor
 from gpunn.kernels.dropout import CUDA_LAUNCH, dropout_factors, dropout_forward
 from gpunn.kernels.launch import run
 from gpunn.kernels.philox import dropout_arguments
@@ -62,10 +62,10 @@ def test_any_seed_and_probability(seed: int, p: float, device: str) -> None:
 PROBE = """
 #include "dropout.cu"
 template <typename T, int N, int MODE>
-__global__ void probe_kernel(const long long* seed, T* y, long long first, long long n_channels,
-                             long long n_inner) {
+__global__ void probe_kernel(const long long* seed, T* y, Divisor n_channels, Divisor n_inner,
+                             long long first) {
     Rule<T> rule(-1, 1, 0, 0);
-    Sizes sizes{Index(n_channels), Index(n_inner)};
+    Sizes sizes{n_channels, n_inner};
     Index at = threadIdx.x * N;
     Outcome<T> outcomes[N];
     unsigned bits[N];
@@ -94,8 +94,9 @@ def test_an_index_may_need_64_bits(
     y = torch.empty(32 * width, device=device)
     kernel = CudaText(PROBE, "probe_kernel")  # is unloaded with its last name, maybe while it runs
     run(
-        "test", kernel, (1,), torch.tensor([77], device=device), y, first,
-        n_channels, n_inner, launch=CudaLaunch(num_warps=1), T=y.dtype, N=width, MODE=mode,
+        "test", kernel, (1,), torch.tensor([77], device=device), y,
+        divisor(n_channels), divisor(n_inner), first,
+        launch=CudaLaunch(num_warps=1), T=y.dtype, N=width, MODE=mode,
     )  # fmt: skip
     elements = range(first, first + 32 * width)
     rows = [i // (n_channels * n_inner) for i in elements]
