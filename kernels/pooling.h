@@ -146,12 +146,12 @@ struct Average {
 
 // What a window's sum is divided by: the lengths one after the other, or what is in height alone.
 template <typename W>
-struct Divisor {
+struct Area {
     W height, width;
 };
 
 template <bool ADAPTIVE, typename W>
-__device__ inline Divisor<W> divisor_of(const Pool& pool, const Average& average, int oh, int ow) {
+__device__ inline Area<W> area_of(const Pool& pool, const Average& average, int oh, int ow) {
     int height = length_of<ADAPTIVE>(pool.h, oh, average.with_padding);
     int width = length_of<ADAPTIVE>(pool.w, ow, average.with_padding);
     if (ADAPTIVE) return {W(height), W(width)};
@@ -159,8 +159,8 @@ __device__ inline Divisor<W> divisor_of(const Pool& pool, const Average& average
 }
 
 template <bool ADAPTIVE, typename W>
-__device__ inline W divided(W sum, const Divisor<W>& by) {
-    return ADAPTIVE ? sum / by.height / by.width : sum / by.height;
+__device__ inline W divided(W sum, const Area<W>& area) {
+    return ADAPTIVE ? sum / area.height / area.width : sum / area.height;
 }
 
 template <bool ADAPTIVE, int N, typename T>
@@ -175,9 +175,9 @@ __device__ inline void average_of_window(const Pool& pool, const Average& averag
         }
     }
     if (h.first >= h.end || w.first >= w.end) return;
-    Divisor<Wide<T>> by = divisor_of<ADAPTIVE, Wide<T>>(pool, average, oh, ow);
+    Area<Wide<T>> area = area_of<ADAPTIVE, Wide<T>>(pool, average, oh, ow);
 #pragma unroll
-    for (int k = 0; k < N; k++) sum[k] = divided<ADAPTIVE>(sum[k], by);
+    for (int k = 0; k < N; k++) sum[k] = divided<ADAPTIVE>(sum[k], area);
 }
 
 // Adds to sum what input (ih, iw) gets of the gradients of its windows, by ascending windows.
@@ -188,10 +188,10 @@ __device__ inline void average_gradient(const Pool& pool, const Average& average
     for (int oh = h.first; oh < h.end; oh++) {
         for (int ow = w.first; ow < w.end; ow++) {
             Vector<T, N> gradient = dy(oh, ow);
-            Divisor<Wide<T>> by = divisor_of<ADAPTIVE, Wide<T>>(pool, average, oh, ow);
+            Area<Wide<T>> area = area_of<ADAPTIVE, Wide<T>>(pool, average, oh, ow);
 #pragma unroll
             for (int k = 0; k < N; k++) {
-                sum[k] += divided<ADAPTIVE>(Wide<T>(widen(gradient.values[k])), by);
+                sum[k] += divided<ADAPTIVE>(Wide<T>(widen(gradient.values[k])), area);
             }
         }
     }
