@@ -137,10 +137,9 @@ __global__ void channel_dropout_kernel(const T* x, const long long* seed, T* y, 
     Index first = this_thread() * VECTOR, n = n_elements;
     if (first + VECTOR <= n) {
         drop_channels<VECTOR, CHANNELS_LAST>(x, *seed, y, first, sizes, rule);
-    } else {
+    } else if (!CHANNELS_LAST) {  // or nothing is left over
 #pragma unroll 1
-        for (Index i = first; i < n; i++)
-            drop_channels<1, CHANNELS_LAST>(x, *seed, y, i, sizes, rule);
+        for (Index i = first; i < n; i++) drop_channels<1, false>(x, *seed, y, i, sizes, rule);
     }
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -40,6 +42,16 @@ def _convolution(
         launchers["conv_weight_gradient"](y, x, weight, *geometry)
 
 
+def _with_precision(ieee: bool, launch: Callable[[], None]) -> None:
+    """Float32 as torch's setting for convolutions has it by default, or in full."""
+    setting: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    previous, setting.fp32_precision = setting.fp32_precision, "ieee" if ieee else "tf32"
+    try:
+        launch()
+    finally:
+        setting.fp32_precision = previous
+
+
 # Name: (N, C, K, size, groups) and dtype, as large as the tile asks for.
 SIZES: dict[str, tuple[tuple[int, int, int, int, int], torch.dtype]] = {
     "128x128": ((64, 128, 256, 56, 1), HALF),
@@ -54,6 +66,9 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int], torch.dtype]] = {
     "float32-64x64": ((64, 64, 128, 56, 1), torch.float32),
     "float32-32x32": ((1, 64, 64, 14, 1), torch.float32),
     "float32-packed": ((64, 3, 64, 224, 1), torch.float32),
+    "ieee-64x64": ((64, 64, 128, 56, 1), torch.float32),
+    "ieee-32x32": ((1, 64, 64, 14, 1), torch.float32),
+    "ieee-packed": ((64, 3, 64, 224, 1), torch.float32),
     "float32-depthwise": ((64, 128, 128, 56, 128), torch.float32),
 }
 
@@ -66,5 +81,8 @@ def convolution_scenarios() -> dict[str, Scenario]:
             for channels_last in (True, False) if name in ("128x128", "packed") else (True,):
                 layout = "" if channels_last else "-contiguous"
                 launch = partial(_convolution, kind, sizes, dtype, channels_last)
-                found[f"convolution-{kind}-{name}{layout}"] = Scenario(launch)
+                precise = partial(_with_precision, name.startswith("ieee"), launch)
+                # of the weight's gradient, the sum of the parts is no product
+                cores = dtype == HALF and name != "depthwise" and kind != "weight"
+                found[f"convolution-{kind}-{name}{layout}"] = Scenario(precise, tensor_cores=cores)
     return found
