@@ -59,8 +59,13 @@ TILES_PACKED = (
     ConvolutionLaunch(8, 3, block_rows=64, block_cols=64, block_inner=64),
     ConvolutionLaunch(8, 3, block_rows=64, block_cols=32, block_inner=64),
 )
-TILES_32_BIT = (
+TILES_TF32 = (
     ConvolutionLaunch(4, 3, block_rows=64, block_cols=64, block_inner=16),
+    ConvolutionLaunch(4, 3, block_rows=32, block_cols=32, block_inner=16),
+)
+# Without tensor cores the operands stand in registers.
+TILES_IEEE = (
+    ConvolutionLaunch(8, 3, block_rows=64, block_cols=64, block_inner=16),
     ConvolutionLaunch(4, 3, block_rows=32, block_cols=32, block_inner=16),
 )
 FEWEST_CHANNELS = 16
@@ -131,10 +136,13 @@ def precision_of(dtype: torch.dtype) -> str:
 def tiles_for(y: torch.Tensor, packed: bool) -> tuple[ConvolutionLaunch, ...]:
     """The tile sizes among which a convolution is launched.
 
-    Where results are stored one by one, the two largest spill on one chip or another.
+    Where results are stored one by one, the two largest of 16 bits spill on one chip or another,
+    and the larger of 32; so does that of IEEE's where elements are loaded one by one.
     """
     if y.element_size() > 2:
-        return TILES_32_BIT
+        tf32 = precision_of(y.dtype) == "tf32"
+        tiles = TILES_TF32 if tf32 else TILES_IEEE
+        return tiles[1:] if y.stride(1) != 1 or (packed and not tf32) else tiles
     if packed:
         return TILES_PACKED
     return TILES_16_BIT if y.stride(1) == 1 else TILES_16_BIT[2:]

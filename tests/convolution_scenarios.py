@@ -71,6 +71,8 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int], torch.dtype]] = {
     "ieee-packed": ((64, 3, 64, 224, 1), torch.float32),
     "float32-depthwise": ((64, 128, 128, 56, 128), torch.float32),
 }
+# What is compiled for images whose channels lie apart as well.
+CONTIGUOUS_TOO = ("128x128", "packed", "float32-64x64", "ieee-64x64")
 
 
 def convolution_scenarios() -> dict[str, Scenario]:
@@ -78,7 +80,7 @@ def convolution_scenarios() -> dict[str, Scenario]:
     found = {}
     for name, (sizes, dtype) in SIZES.items():
         for kind in ("forward", "transposed", "weight"):
-            for channels_last in (True, False) if name in ("128x128", "packed") else (True,):
+            for channels_last in (True, False) if name in CONTIGUOUS_TOO else (True,):
                 layout = "" if channels_last else "-contiguous"
                 launch = partial(_convolution, kind, sizes, dtype, channels_last)
                 precise = partial(_with_precision, name.startswith("ieee"), launch)
