@@ -138,10 +138,10 @@ def hardsigmoid_gradient(dy, x, p0: tl.constexpr, p1: tl.constexpr):
 
 @triton.jit
 def tanh(x, p0: tl.constexpr, p1: tl.constexpr):
-    small = tanh_small(nan_min(nan_max(x, -0.5), 0.5))
+    small = tanh_small(nan_min(nan_max(x, -0.625), 0.625))
     e = tl.exp(-2 * tl.abs(x))
-    large = (1 - e) / (1 + e)
-    return tl.where(tl.abs(x) < 0.5, small, tl.where(x < 0, -large, large))
+    large = 1 - 2 * e / (1 + e)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
 
 
 @triton.jit
