@@ -17,7 +17,6 @@ https://doi.org/10.24432/C50P49, licence CC BY 4.0.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 import gpunn
+from command_line import device_of, parser_for
 from gpunn import nn
 
 try:
@@ -320,26 +320,16 @@ def run(options: Options) -> Result:
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options of a command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda")
+    parser = parser_for(__doc__, "digits_mlp")
     parser.add_argument("--seed", type=int, default=0, help="of everything random but the split")
     parser.add_argument("--steps", type=int, help=f"mini-batches (default: {STEPS})")
-    parser.add_argument("--out", type=Path, default=Path("out/digits_mlp"), help="pictures' folder")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps")
     given = parser.parse_args(argv)
     steps = given.steps if given.steps is not None else QUICK_STEPS if given.quick else STEPS
     if steps < 1:
         parser.error(f"--steps: expected 1 or more, got {steps}")
-    name = given.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        parser.error(f"--device: expected auto, cpu or cuda, got {name}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device: {name} was asked for, but PyTorch finds no CUDA device here")
     expected = QUICK_EXPECTED if given.quick else EXPECTED
+    device = device_of(parser, given.device)
     return Options(device, given.seed, steps, given.out, expected)
 
 

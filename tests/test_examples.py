@@ -16,21 +16,31 @@ import torch
 
 import gpunn
 from closeness import assert_accurate
-from kit import as_numpy
+from kit import as_numpy, launched
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
+DEMOS = sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "command_line.py"})
 PACKAGES = ("sklearn", "matplotlib", "rich")
 PICTURES = ("learning_curve.png", "confusion_matrix.png", "wrong_answers.png")
 
 
-@pytest.fixture
-def digits_mlp(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+@pytest.fixture(autouse=True)
+def _in_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demos import what they share as scripts do, from their own folder."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def demo(name: str) -> ModuleType:
     """The module; the test is skipped where its packages are missing."""
     for package in PACKAGES:
         pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("digits_mlp")
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def digits_mlp() -> ModuleType:
+    return demo("digits_mlp")
 
 
 def assert_shows_something(picture: Path) -> None:
@@ -41,7 +51,7 @@ def assert_shows_something(picture: Path) -> None:
     assert pixels.std() > 0.02, "the picture is blank"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
 def test_a_demo_can_be_run_and_called(path: Path) -> None:
     """Its docstring says what it does, ``main`` takes the command line and returns a status."""
     tree = ast.parse(path.read_text())
@@ -141,6 +151,32 @@ def test_the_kernels_train_as_torch_does(digits_mlp: ModuleType, device: str) ->
     assert operators.count("linear_input_gradient") >= 2 * steps  # the images need none
 
 
+def test_an_edge_filter_finds_the_edges_of_a_photograph(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole of it by torch, and shown; a part of it by the kernel. Both are scipy's edges."""
+    edges = demo("edges")
+    with gpunn.backend("torch"):
+        assert edges.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    said = re.search(r"difference from scipy: (\S+) \(", capsys.readouterr().out)
+    assert said
+    assert float(said[1]) <= edges.EXPECTED
+    assert_shows_something(tmp_path / "edges.jpg")
+
+
+def test_the_kernel_finds_the_same_edges(device: str) -> None:
+    """Along the temple's roof; and, where the picture is even, none."""
+    edges = demo("edges")
+    brightness = torch.from_numpy(edges.photograph()[90:180, 100:260].mean(axis=2)).to(device)
+    with gpunn.trace() as trace:
+        found = edges.find_edges(brightness)
+    launched(trace, "conv_forward")
+    assert edges.largest_difference(found, brightness) <= edges.EXPECTED
+    assert found.amax(dim=(1, 2)).min() > 1, "the roof has edges in every direction"
+    even = edges.find_edges(torch.full_like(brightness, 0.5))
+    assert even.abs().max() < 1e-5
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_demo_uses_the_kernels(digits_mlp: ModuleType, tmp_path: Path) -> None:
     options = digits_mlp.parse(["--quick", "--out", str(tmp_path)])
@@ -158,7 +194,6 @@ def test_on_a_gpu_the_demo_uses_the_kernels(digits_mlp: ModuleType, tmp_path: Pa
 def test_a_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if module != "matplotlib.figure":  # the first to be imported
         pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.delitem(sys.modules, "digits_mlp", raising=False)
     monkeypatch.setitem(sys.modules, module, None)  # importing it now fails
     with pytest.raises(ModuleNotFoundError, match=rf"need {module}.*pip install 'gpunn\[demo\]'"):
