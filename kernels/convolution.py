@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from gpunn.kernels.convolve import (
     FEWEST_CHANNELS,
     Outputs,
+    are_small,
     convolve,
     forward_taps,
     partial_weights,
+    precision_of,
     transposed_taps,
 )
 from gpunn.kernels.elementwise import in_memory_order_of
-from gpunn.kernels.launch import operator
+from gpunn.kernels.launch import cdiv, chosen_backend, operator, record_fallback
 from gpunn.kernels.linear import as_matrix, saves
 from gpunn.kernels.pooling import format_of, is_channels_last
-from gpunn.kernels.product import Epilogue, finish, product
+from gpunn.kernels.product import Epilogue, finish, library_is_faster, product
+
+MOST_INNER = 2080
+"""Channels times taps up to which, in ``auto``, the kernel sums: see ``library_is_faster``."""
 
 
 def _y_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
@@ -69,10 +76,10 @@ def _as_rows(images: torch.Tensor) -> torch.Tensor:
     return as_matrix(images.permute(0, 2, 3, 1))
 
 
-def _multiply(name: str, x: torch.Tensor, weight: torch.Tensor, outputs: Outputs) -> None:
-    """A convolution of single taps on channels_last images: linear's product."""
+def _epilogue(outputs: Outputs) -> Epilogue:
+    """What follows the sums, of results that lie as a matrix of channels."""
     residual, saved = outputs.residual, outputs.saved
-    epilogue = Epilogue(
+    return Epilogue(
         _as_rows(outputs.y),
         outputs.bias,
         None if residual is None else _as_rows(residual),
@@ -81,14 +88,58 @@ def _multiply(name: str, x: torch.Tensor, weight: torch.Tensor, outputs: Outputs
         outputs.activation,
         outputs.parameters,
     )
-    product(name, _as_rows(x), weight, epilogue)
+
+
+def _is_matrix(images: torch.Tensor) -> bool:
+    return images.permute(0, 2, 3, 1).is_contiguous()
 
 
 def _are_single_taps(x: torch.Tensor, y: torch.Tensor, *geometry: list[int]) -> bool:
     """Whether each output looks up one input, and both lie as matrices of channels."""
     kernel, stride, padding, groups = geometry
     single = (*kernel, *stride, *groups) == (1,) * 5 and not any(padding)
-    return single and all(t.permute(0, 2, 3, 1).is_contiguous() for t in (x, y))
+    return single and _is_matrix(x) and _is_matrix(y)
+
+
+def output_padding(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    output_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> list[int]:
+    """What torch's transposed convolution is to add to its result, to have it of this size."""
+    return [
+        output_size[d] - (x.shape[2 + d] - 1) * stride[d] + 2 * padding[2 * d]
+        - dilation[d] * (weight.shape[2 + d] - 1) - 1
+        for d in (0, 1)
+    ]  # fmt: skip
+
+
+def library_takes(weight: torch.Tensor, padding: list[int], groups: int) -> bool:
+    """Whether PyTorch's convolution (cuDNN) may be the faster one, and takes the arguments.
+
+    Groups of few channels, depthwise ones above all, are what it is known to be slow at.
+    """
+    small = are_small(groups, weight.shape[1], weight.shape[0] // groups)
+    return not small and padding[::2] == padding[1::2]
+
+
+def _left_to_library(
+    name: str, outputs: Outputs, n_inner: int, convolution: Callable[[], torch.Tensor]
+) -> bool:
+    """Whether, in ``auto``, PyTorch's convolution and a kernel for the rest were called instead."""
+    y = outputs.y
+    if chosen_backend() != "auto" or not _is_matrix(y):
+        return False
+    epilogue = _epilogue(outputs)
+    reason = library_is_faster(n_inner, y.dtype, precision_of(y.dtype), epilogue, MOST_INNER)
+    if reason is None:
+        return False
+    record_fallback(f"{name}: the sums", reason)
+    finish(name, _as_rows(convolution())[None], epilogue)
+    return True
 
 
 def _conv_forward_fake(
@@ -146,8 +197,12 @@ def conv_forward(
     outputs = _outputs(y, saved, bias, residual, activation, parameters)
     kernel = list(weight.shape[2:])
     if _are_single_taps(x, y, kernel, stride, padding, [groups]):
-        _multiply("conv_forward", x, weight.flatten(1), outputs)
+        product("conv_forward", _as_rows(x), weight.flatten(1), _epilogue(outputs))
         return y, saved
+    if library_takes(weight, padding, groups):
+        sums = partial(torch.conv2d, x, weight, None, stride, padding[::2], dilation, groups)
+        if _left_to_library("conv_forward", outputs, weight[0].numel(), sums):
+            return y, saved
     rows, cols = (
         forward_taps(y.shape[2 + d], kernel[d], stride[d], padding[2 * d], dilation[d])
         for d in (0, 1)
@@ -205,8 +260,18 @@ def conv_transpose_forward(
     outputs = _outputs(y, saved, bias, residual, activation, parameters)
     kernel = list(weight.shape[2:])
     if _are_single_taps(x, y, kernel, stride, padding, [groups]):
-        _multiply("conv_transpose_forward", x, weight.flatten(1).T, outputs)
+        epilogue = _epilogue(outputs)
+        product("conv_transpose_forward", _as_rows(x), weight.flatten(1).T, epilogue)
         return y, saved
+    if library_takes(weight, padding, groups):
+        extra = output_padding(x, weight, output_size, stride, padding, dilation)
+        sums = partial(
+            torch.conv_transpose2d, x, weight, None, stride, padding[::2], extra, groups, dilation
+        )
+        n_taps = math.prod(cdiv(kernel[d], stride[d]) for d in (0, 1))  # at most, of an output
+        n_inner = weight.shape[0] // groups * n_taps
+        if _left_to_library("conv_transpose_forward", outputs, n_inner, sums):
+            return y, saved
     by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)
     rows, cols = (
         transposed_taps(output_size[d], kernel[d], stride[d], padding[2 * d], dilation[d])

@@ -16,7 +16,6 @@ from closeness import assert_accurate
 from gpunn.checks.comparison import any_algorithm
 from gpunn.checks.convolution import CASES, Case, calls, exact, inputs_of
 from gpunn.kernels.convolve import transposed_taps
-from gpunn.kernels.launch import launchers
 from kit import as_numpy, check_gradients, each_dtype, launched, layouts
 
 each_case = pytest.mark.parametrize("name", CASES)
@@ -137,42 +136,6 @@ def test_what_is_kept(activation: str | None, device: str) -> None:
         y = GF.conv2d(x, weight, activation=activation)
     expected = {None: [], "relu": [y.shape], "gelu": [y.shape]}[activation]
     assert sorted(t.shape for t in kept) == sorted([x.shape, weight.shape, *expected])
-
-
-def test_no_more_memory_than_torch_needs(device: str) -> None:
-    """No im2col buffer, no padded copy: of channels_last images, results and partial weights."""
-    allocated: list[int] = []
-
-    class Count(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(
-            self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
-        ) -> Any:
-            result = function(*arguments, **keywords or {})
-            if "empty" in function.name() and isinstance(result, torch.Tensor):
-                allocated.append(result.nbytes)
-            return result
-
-    x = torch.randn(2, 16, 12, 12, device=device).to(memory_format=torch.channels_last)
-    weight = torch.randn(16, 16, 3, 3, device=device).to(memory_format=torch.channels_last)
-    geometry, none = ([1, 1], [1] * 4, [1, 1], 1), (None, None)
-    with Count():
-        y, _ = launchers["conv_forward"](x, weight, *none, *geometry, "relu", [], False)
-        transpose = launchers["conv_transpose_forward"]
-        transpose(y, weight, *none, [12, 12], *geometry, "identity", [], False)
-        launchers["conv_weight_gradient"](y, x, list(weight.shape), *geometry)
-    assert allocated
-    assert sum(allocated) <= 3 * x.nbytes + 20 * weight.nbytes
-
-
-def test_the_largest_of_groups_and_of_bare_products(device: str) -> None:
-    """In ``auto`` a bare convolution is torch's, and the trace says so."""
-    x, weight = torch.randn(1, 4, 5, 5, device=device), torch.randn(3, 4, 3, 3, device=device)
-    with gpunn.backend("auto"), gpunn.trace() as trace:
-        y = GF.conv2d(x, weight)
-        GF.conv2d(x, weight, activation="relu")
-    assert torch.equal(y, F.conv2d(x, weight))
-    assert [f.reason for f in trace.fallbacks] == ["nothing to fuse: PyTorch's convolution"]
-    assert [r.operator for r in trace.launches] == ["conv_forward"]
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])

@@ -188,6 +188,47 @@ def test_auto_fuses_what_there_is_to_fuse(device: str) -> None:
         assert [f.operator for f in trace.fallbacks] == [name]
 
 
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_auto_leaves_long_sums_and_bare_products_to_torch(
+    name: str, activation: Any, device: str
+) -> None:
+    """240 channels times 9 taps; the kernels' epilogue follows, and its backward precedes."""
+    torch.manual_seed(0)
+    channels = (240, 16) if "transpose" in name else (16, 240)
+    shapes = [(1, 240, 4, 3), (*channels, 3, 3), (16,), (1, 16, 4, 3)]
+    tensors = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    x, weight, bias, residual = tensors
+    images, taps = (t.to(memory_format=torch.channels_last) for t in (x, weight / 50))
+    operands, dy = (images, taps, bias), torch.randn(shapes[-1], device=device)
+    with gpunn.trace() as trace, gpunn.backend("auto"):
+        fused = {"activation": activation, "residual": residual}
+        y = getattr(GF, name)(*operands, padding=1, **fused)
+        got = torch.autograd.grad(y, tensors, dy, retain_graph=True)
+    operator, reason = name.replace("2d", "_forward"), "inner dimension 2160 > 2080"
+    assert [(record.operator, record.kernel) for record in trace.launches] == [
+        (operator, "epilogue_kernel"),
+        ("linear_epilogue_backward", "epilogue_backward_kernel"),
+    ]
+    assert [(f.operator, f.reason) for f in trace.fallbacks] == [
+        (f"{operator}: the sums", f"{reason}: PyTorch's, then the fused epilogue"),
+        ("the convolution's gradients", "bare products: PyTorch's"),
+    ]
+    z = getattr(F, name)(*operands, padding=1)
+    theirs = (F.gelu(z) if activation else z) + residual
+    expected = torch.autograd.grad(theirs, tensors, dy)
+    for mine, torchs in zip([y, *got], [theirs, *expected], strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-4)
+
+
+def test_auto_keeps_groups_of_few_channels(device: str) -> None:
+    x, weight = torch.randn(1, 32, 5, 5, device=device), torch.randn(32, 1, 3, 3, device=device)
+    with gpunn.trace() as trace, gpunn.backend("auto"):
+        y = GF.conv2d(x.requires_grad_(), weight.requires_grad_(), groups=32, activation="relu")
+        torch.autograd.grad(y.sum(), (x, weight))
+    launched(trace, "conv_forward", "conv_transpose_forward", "conv_weight_gradient")
+
+
 def test_compiles_with_a_changing_batch_and_size(device: str) -> None:
     torch._dynamo.reset()
     _, weight, bias, _ = operands(device)

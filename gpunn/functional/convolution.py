@@ -33,7 +33,13 @@ from gpunn.functional.dispatch import (
     is_tensor,
 )
 from gpunn.functional.window import Sizes, as_given
-from gpunn.kernels.convolution import conv_forward, conv_transpose_forward, conv_weight_gradient
+from gpunn.kernels.convolution import (
+    conv_forward,
+    conv_transpose_forward,
+    conv_weight_gradient,
+    library_takes,
+    output_padding,
+)
 from gpunn.kernels.launch import chosen_backend, record_fallback, takes
 from gpunn.kernels.linear import linear_epilogue_backward, saves
 
@@ -85,11 +91,7 @@ def _composed(
             x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
         y = F.conv2d(x, weight, bias, stride, (top, left), dilation, groups)
     else:
-        extra = [
-            output_size[d] - (x.shape[2 + d] - 1) * stride[d] + 2 * (top, left)[d]
-            - dilation[d] * (weight.shape[2 + d] - 1) - 1
-            for d in (0, 1)
-        ]  # fmt: skip
+        extra = output_padding(x, weight, output_size, stride, padding, dilation)
         y = F.conv_transpose2d(x, weight, bias, stride, (top, left), extra, groups, dilation)
     return _finished(y, None, fused, TWICE_DIFFERENTIABLE)
 
@@ -154,14 +156,37 @@ def _gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dx and dweight, where they are needed."""
     stride, padding, dilation, groups, output_size = geometry
-    bare, dx, dweight = Fused("identity", []), None, None
+    if chosen_backend() == "auto" and library_takes(weight, padding, groups):
+        return _gradients_by_torch(dz, x, weight, geometry, needed)
+    dx, dweight = None, None
+    if needed[1]:  # first, as what it is summed in is free again when dx is made
+        pair = (dz, x) if output_size is None else (x, dz)
+        dweight = conv_weight_gradient(*pair, list(weight.shape), stride, padding, dilation, groups)
     if needed[0]:
         size = list(x.shape[2:]) if output_size is None else None
         adjoint = Geometry(stride, padding, dilation, groups, size)
-        dx, _ = _launch((dz, weight, None, None), adjoint, bare, False)
-    if needed[1]:
-        pair = (dz, x) if output_size is None else (x, dz)
-        dweight = conv_weight_gradient(*pair, list(weight.shape), stride, padding, dilation, groups)
+        dx, _ = _launch((dz, weight, None, None), adjoint, Fused("identity", []), False)
+    return dx, dweight
+
+
+def _gradients_by_torch(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    geometry: Geometry,
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    stride, padding, dilation, groups, output_size = geometry
+    if not any(needed[:2]):
+        return None, None
+    record_fallback("the convolution's gradients", "bare products: PyTorch's")
+    transposed, extra = output_size is not None, [0, 0]
+    if output_size is not None:
+        extra = output_padding(x, weight, output_size, stride, padding, dilation)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dz, x, weight, None, stride, padding[::2], dilation, transposed, extra, groups,
+        [*needed[:2], False],
+    )  # fmt: skip
     return dx, dweight
 
 
@@ -253,7 +278,9 @@ def conv2d(
         activation: f, as ``gpunn.functional.linear`` takes it.
         residual: of y's shape, added last; of another dtype, by torch, and y is then in the wider.
 
-    Under ``backend("auto")`` a convolution with nothing to fuse is PyTorch's (on a GPU, cuDNN).
+    Under ``backend("auto")`` a convolution with nothing to fuse is PyTorch's (on a GPU, cuDNN), and
+    so are the sums of one over many channels and taps, and the gradients, except for groups of few
+    channels: not measured, but what ``kernels/product.py`` estimates.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit each other, or an argument is one that
