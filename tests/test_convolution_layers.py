@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import gpunn
+import gpunn.functional as GF
 import gpunn.nn
 from kit import launched
 from test_convolution_modes import agree
@@ -88,3 +89,18 @@ def test_a_layer_refuses_an_unknown_activation() -> None:
     for name, (arguments, options, _) in LAYERS.items():
         with pytest.raises(ValueError, match=r"activation.*'rleu'"):
             getattr(gpunn.nn, name)(*arguments, **options, activation="rleu")
+
+
+def test_volumes_are_left_to_torch(device: str) -> None:
+    """With what is fused elsewhere; the trace says so, and the kernels refuse."""
+    x, weight = torch.randn(2, 2, 4, 3, 5, device=device), torch.randn(3, 2, 3, 3, 3, device=device)
+    residual = torch.randn(2, 3, 2, 3, 5, device=device)
+    arguments: Any = (None, 1, (0, 1, 1), 1, 1)
+    with gpunn.backend("auto"), gpunn.trace() as trace:
+        y = GF.conv3d(x, weight, *arguments, activation="relu", residual=residual)
+    torch.testing.assert_close(y, F.relu(F.conv3d(x, weight, *arguments)) + residual)
+    assert [f.reason for f in trace.fallbacks] == ["no kernel for volumes"]
+    with pytest.raises(RuntimeError, match="no kernel for volumes"):
+        GF.conv3d(x, weight)
+    with gpunn.backend("torch"), pytest.raises(RuntimeError, match="residual"):
+        GF.conv3d(x, weight, *arguments, residual=residual[..., :2])

@@ -128,6 +128,7 @@ BUILTINS: dict[str, dict[str, Any]] = {
     "avg_pool2d": {**AVG_POOL, "divisor_override": None},
     "conv1d": CONVOLUTION,
     "conv2d": CONVOLUTION,
+    "conv3d": CONVOLUTION,
     "conv_transpose1d": TRANSPOSED,
     "conv_transpose2d": TRANSPOSED,
     "gelu": {"approximate": "none"},

@@ -22,7 +22,7 @@ from gpunn.functional.activation import (
     tanh,
     tanhshrink,
 )
-from gpunn.functional.convolution import conv1d, conv2d, conv_transpose1d, conv_transpose2d
+from gpunn.functional.convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d
 from gpunn.functional.dropout import (
     alpha_dropout,
     dropout,
@@ -58,6 +58,7 @@ __all__ = [
     "celu",
     "conv1d",
     "conv2d",
+    "conv3d",
     "conv_transpose1d",
     "conv_transpose2d",
     "dropout",

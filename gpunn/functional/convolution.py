@@ -40,7 +40,7 @@ from gpunn.kernels.convolution import (
     library_takes,
     output_padding,
 )
-from gpunn.kernels.launch import chosen_backend, record_fallback, takes
+from gpunn.kernels.launch import chosen_backend, decline, record_fallback, takes
 from gpunn.kernels.linear import linear_epilogue_backward, saves
 
 
@@ -309,6 +309,31 @@ def conv1d(
     arguments = stride, padding, dilation, groups
     tensors = input, weight, bias, residual
     return _convolve("conv1d", 1, tensors, arguments, activation, forward_geometry)
+
+
+def conv3d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    activation: ActivationName = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As ``conv2d``, of volumes (N, C, D, H, W): by PyTorch, since there is no kernel for them.
+
+    Raises:
+        RuntimeError: also under ``backend("kernels")``.
+        TypeError, ValueError: as ``conv2d``.
+    """
+    fused = Fused(*resolve_activation(activation))
+    check_arguments(0.0, weight=weight, bias=bias, residual=residual)
+    decline("conv3d", "no kernel for volumes")
+    tensors = input, weight, bias, residual
+    return _by_torch("conv3d", tensors, (stride, padding, dilation, groups), fused)
 
 
 def conv_transpose2d(
