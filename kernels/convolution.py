@@ -10,8 +10,10 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from gpunn.kernels.convolve import (
     FEWEST_CHANNELS,
@@ -327,3 +329,19 @@ def conv_weight_gradient(
     total = dweight.new_empty((n_outputs, math.prod(kernel) * n_channels))
     finish("conv_weight_gradient", partials, Epilogue(total))
     return dweight.copy_(total.view(n_outputs, *kernel, n_channels).permute(0, 3, 1, 2))
+
+
+@register_flop_formula(torch.ops.gpunn.conv_forward)
+def _forward_flops(x: Any, weight: Any, *rest: Any, out_shape: Any, **keywords: Any) -> int:
+    """Of the sums alone, as torch counts its own convolutions; arguments are shapes."""
+    return int(conv_flop_count(x, weight, out_shape[0]))
+
+
+@register_flop_formula(torch.ops.gpunn.conv_transpose_forward)
+def _transpose_flops(x: Any, weight: Any, *rest: Any, out_shape: Any, **keywords: Any) -> int:
+    return int(conv_flop_count(x, weight, out_shape[0], transposed=True))
+
+
+@register_flop_formula(torch.ops.gpunn.conv_weight_gradient)
+def _weight_gradient_flops(dz: Any, x: Any, weight_size: Any, *rest: Any, **keywords: Any) -> int:
+    return int(2 * math.prod(dz) * math.prod(weight_size[1:]))

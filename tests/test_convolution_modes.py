@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import gpunn
 import gpunn.functional as GF
+from gpunn.kernels.interpreter import INTERPRETING
 from kit import launched
 
 NAMES = ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")
@@ -168,6 +170,29 @@ def test_backends(device: str) -> None:
     assert [f.reason for f in trace.fallbacks] == ["backend('torch')"]
     ours = GF.conv2d(x, weight, bias, padding=1, activation="relu", residual=residual)
     agree(ours, theirs, [x, weight, bias, residual])
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a GPU has more processors, and other parts")
+@pytest.mark.parametrize(
+    ("n_channels", "n_outputs", "kernel", "groups", "n_tiles"),
+    [(3, 5, (3, 3), 1, 1), (16, 5, (1, 2), 1, 2), (32, 32, (1, 1), 2, 2), (8, 8, (1, 2), 8, 2)],
+    ids=["taps together", "taps apart", "groups", "groups of one"],
+)
+def test_a_weights_gradient_in_uneven_parts(
+    n_channels: int, n_outputs: int, kernel: tuple[int, int], groups: int, n_tiles: int
+) -> None:
+    """The places are no multiple of what a part takes: the last part has fewer."""
+    x = torch.randn(1, n_channels, 17, 17)
+    weight = torch.randn(n_outputs, n_channels // groups, *kernel, requires_grad=True)
+    with gpunn.trace() as trace:
+        y = GF.conv2d(x, weight, groups=groups)
+        (got,) = torch.autograd.grad(y, weight, dy := torch.randn_like(y))
+    records = [r for r in trace.launches if r.operator == "conv_weight_gradient"]
+    assert records[0].grid == (2 * n_tiles,)
+    assert math.ceil(dy[:, 0].numel() / 16) % 2 == 1, "the parts are even"
+    z = F.conv2d(x.double(), wide := weight.detach().double().requires_grad_(), groups=groups)
+    (expected,) = torch.autograd.grad(z, wide, dy.double())
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-4)
 
 
 def test_auto_fuses_what_there_is_to_fuse(device: str) -> None:

@@ -304,6 +304,19 @@ def test_floating_point_operations_are_counted(device: str) -> None:
     assert counts == [3 * 2 * 4 * 6 * 8] * 2
 
 
+@pytest.mark.parametrize("name", ["Conv2d", "ConvTranspose2d"])
+def test_floating_point_operations_of_convolutions_are_counted(name: str, device: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, counts = torch.randn(2, 4, 6, 5, device=device, requires_grad=True), []
+    for package, fused in ((gpunn.nn, {"activation": "gelu"}), (torch.nn, {})):
+        layer = getattr(package, name)(4, 3, 3, stride=2, **fused).to(device)
+        with FlopCounterMode(display=False) as counter:
+            layer(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 3 * 2 * 4 * 3 * 9
+
+
 def test_a_traced_model_keeps_its_dropout() -> None:
     net = torch.fx.symbolic_trace(gpunn.nn.Sequential(gpunn.nn.Linear(4, 400, dropout_p=0.5)))
     assert 0.3 < (net(torch.ones(1, 4)) == 0).double().mean() < 0.7
