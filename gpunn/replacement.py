@@ -74,7 +74,8 @@ def _change_classes(
 
 def _reason_to_keep(module: torch.nn.Module) -> str | None:
     """Why a layer should stay what it is, although its class has a counterpart."""
-    given, fusing = vars(module), (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+    given = vars(module)
+    fusing = (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm)
     if type(module).__module__.startswith("gpunn."):
         if given.get("activation") is not None or given.get("dropout_p", 0.0) > 0:
             return "its fused parts have no torch layer"

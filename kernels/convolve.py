@@ -116,7 +116,7 @@ def transposed_taps(size: int, kernel: int, stride: int, padding: int, dilation:
                 n_taps=cdiv(kernel - first, step),
                 stride=1,
                 origin=(start - first * dilation) // stride,
-                spacing=-step * dilation // stride,
+                spacing=-dilation // common,
                 first_tap=first,
                 tap_step=step,
                 first_out=phase,

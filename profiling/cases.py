@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpunn.profiling.batch_norm_cases import batch_norm_cases
 from gpunn.profiling.case import Case
 from gpunn.profiling.convolution_cases import convolution_cases
 from gpunn.profiling.dropout_cases import dropout_cases
@@ -14,6 +15,7 @@ CASES: dict[str, list[Case]] = {
     "activation": activation_cases(),
     "glu": glu_cases(),
     "convolution": convolution_cases(),
+    "batch_norm": batch_norm_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
 }

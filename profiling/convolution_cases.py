@@ -124,13 +124,13 @@ class Convolution:
             launchers["linear_epilogue_backward"](
                 rows, saved, None, *fused, 0.0, y.dtype, needs_dz, 2 in self.wanted
             )
+        if 1 in self.wanted:
+            pair = (x, y) if self.transposed else (y, x)
+            launchers["conv_weight_gradient"](*pair, list(weight.shape), *geometry)
         if 0 in self.wanted:
             size = [] if self.transposed else [list(x.shape[2:])]
             adjoint = "conv_forward" if self.transposed else "conv_transpose_forward"
             launchers[adjoint](y, weight, None, None, *size, *geometry, *bare)
-        if 1 in self.wanted:
-            pair = (x, y) if self.transposed else (y, x)
-            launchers["conv_weight_gradient"](*pair, list(weight.shape), *geometry)
 
     def case(self) -> Case:
         gradients = ", ".join(("dx", "dW", "db")[i] for i in self.wanted)

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from batch_norm_scenarios import batch_norm_scenarios
 from convolution_scenarios import convolution_scenarios
 from cuda_scenarios import cuda_scenarios
 from gpunn.functional.glu import GATES
@@ -164,6 +165,7 @@ SCENARIOS = {
     **_linear_scenarios(),
     **_elementwise_scenarios(),
     **convolution_scenarios(),
+    **batch_norm_scenarios(),
     **cuda_scenarios(),
 }
 

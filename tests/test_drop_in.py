@@ -35,6 +35,9 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "AlphaDropout": CERTAIN,
     "AvgPool1d": [(3, 2, 1, True, False)],
     "AvgPool2d": [(3, 2, 1, True, False, 5), ((2, 3),)],
+    "BatchNorm1d": [(3, 1e-3, 0.3), (3, 1e-5, None, False), (3, 1e-5, 0.1, True, False)],
+    "BatchNorm2d": [(3, 1e-3, 0.3), (3, 1e-5, None, False), (3, 1e-5, 0.1, True, False)],
+    "BatchNorm3d": [(3, 1e-3, 0.3), (3, 1e-5, 0.1, False, False)],
     "CELU": [(0.5,)],
     "Conv1d": [(3, 4, 2), (3, 6, 3, 2, 1, 2, 3, False)],
     "Conv2d": [(3, 4, 3, 1, "same"), (3, 6, (2, 3), 1, 1, 1, 3, True, "reflect")],
@@ -62,14 +65,19 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
 # Layers that have no defaults for all arguments, or are random with them.
 WITHOUT_DEFAULTS = {
     "Linear",
-    *(name for name in NAMESAKES if any(part in name for part in ("Conv", "Dropout", "ool"))),
+    *(
+        name
+        for name in NAMESAKES
+        if any(part in name for part in ("Conv", "Dropout", "Norm", "ool"))
+    ),
 }
 # Shapes of the inputs of layers that do not take every shape.
 SHAPES: dict[str, tuple[int, ...]] = {
     "Dropout2d": (4, 6, 3, 5),
     "Dropout3d": (4, 6, 3, 2, 5),
-    **{name: (4, 3, 6) for name in NAMESAKES if name.endswith(("ool2d", "Conv1d", "pose1d"))},
-    **{name: (2, 3, 4, 6) for name in NAMESAKES if name.endswith(("Conv2d", "pose2d"))},
+    **{n: (4, 3, 6) for n in NAMESAKES if n.endswith(("ool2d", "Conv1d", "pose1d", "Norm1d"))},
+    **{n: (2, 3, 4, 6) for n in NAMESAKES if n.endswith(("Conv2d", "pose2d", "Norm2d"))},
+    "BatchNorm3d": (2, 3, 2, 4, 3),
 }
 
 

@@ -37,6 +37,22 @@ def convolution_arguments(device: str) -> dict[str, tuple[object, ...]]:
     }
 
 
+def batch_norm_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """By the batch, with all that is fused; the running statistics change."""
+    x, residual, dy = (torch.randn(2, 9, 3, 4, device=device) for _ in range(3))
+    weight, bias, mean, var = (torch.rand(9, device=device) + 0.5 for _ in range(4))
+    bits = torch.randint(255, (9, 3), device=device).byte()
+    given = dy, x, None, bits, weight, bias, mean, var
+    return {
+        "batch_norm_forward": (
+            x, residual, weight, bias, mean, var, True, 0.1, 1e-5, "relu", [], True
+        ),
+        "batch_norm_backward": (*given, None, 24, True, "relu", [], [True, True, True, False]),
+        "batch_norm_statistics": (x,),
+        "batch_norm_sums": (*given, "relu", []),
+    }  # fmt: skip
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Arguments for every registered op, of which none requires a gradient."""
     x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
@@ -44,6 +60,7 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     seed = torch.randint(2**62, (1,), device=device)
     wide = torch.randn(4, 6, device=device)
     images = convolution_arguments(device) | pooling_arguments(device)
+    images |= batch_norm_arguments(device)
     return images | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),

@@ -22,6 +22,7 @@ from gpunn.functional.activation import (
     tanh,
     tanhshrink,
 )
+from gpunn.functional.batch_norm import batch_norm
 from gpunn.functional.convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d
 from gpunn.functional.dropout import (
     alpha_dropout,
@@ -55,6 +56,7 @@ __all__ = [
     "alpha_dropout",
     "avg_pool1d",
     "avg_pool2d",
+    "batch_norm",
     "celu",
     "conv1d",
     "conv2d",

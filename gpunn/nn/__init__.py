@@ -38,6 +38,7 @@ from gpunn.nn.activation import (
     Tanh,
     Tanhshrink,
 )
+from gpunn.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from gpunn.nn.convolution import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from gpunn.nn.dropout import (
     AlphaDropout,
@@ -76,6 +77,9 @@ __all__ = [
     "AlphaDropout",
     "AvgPool1d",
     "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "Conv1d",
     "Conv2d",
     "ConvTranspose1d",
