@@ -195,6 +195,18 @@ def test_a_weights_gradient_in_uneven_parts(
     torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parts_of_a_weights_gradient_are_float32(dtype: torch.dtype, device: str) -> None:
+    """The halves sum to 4097 and -4096, which is 1; 4097 has no place in 16 bits."""
+    x = torch.ones(1, 3, 16, 16, dtype=dtype, device=device)
+    weight = torch.randn(5, 3, 1, 1, dtype=dtype, device=device, requires_grad=True)
+    dy = torch.zeros(1, 5, 16, 16, dtype=dtype, device=device)
+    dy[..., 0, :2] = torch.tensor([4096.0, 1.0])
+    dy[..., -1, -1] = -4096
+    (dweight,) = torch.autograd.grad(GF.conv2d(x, weight), weight, dy)
+    assert torch.equal(dweight, torch.ones_like(weight))
+
+
 def test_auto_fuses_what_there_is_to_fuse(device: str) -> None:
     x, weight, bias, residual = operands(device)
     options: list[dict[str, Any]] = [{"activation": "relu"}, {"residual": residual}]
@@ -251,7 +263,9 @@ def test_auto_keeps_groups_of_few_channels(device: str) -> None:
     with gpunn.trace() as trace, gpunn.backend("auto"):
         y = GF.conv2d(x.requires_grad_(), weight.requires_grad_(), groups=32, activation="relu")
         torch.autograd.grad(y.sum(), (x, weight))
-    launched(trace, "conv_forward", "conv_transpose_forward", "conv_weight_gradient")
+    records = launched(trace, "conv_forward", "conv_transpose_forward", "conv_weight_gradient")
+    kernels = {record.kernel for record in records} - {"epilogue_kernel"}
+    assert kernels == {"grouped_convolution_kernel", "grouped_weight_kernel"}
 
 
 def test_compiles_with_a_changing_batch_and_size(device: str) -> None:

@@ -61,6 +61,7 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "MaxUnpool2d": [(2,), ((3, 2), 2, (1, 0))],
     "Softplus": [(2.0, 1.0)],
     "Softshrink": [(0.25,)],
+    "SyncBatchNorm": [(3, 1e-3, 0.3)],
 }
 # Layers that have no defaults for all arguments, or are random with them.
 WITHOUT_DEFAULTS = {
@@ -78,6 +79,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     **{n: (4, 3, 6) for n in NAMESAKES if n.endswith(("ool2d", "Conv1d", "pose1d", "Norm1d"))},
     **{n: (2, 3, 4, 6) for n in NAMESAKES if n.endswith(("Conv2d", "pose2d", "Norm2d"))},
     "BatchNorm3d": (2, 3, 2, 4, 3),
+    "SyncBatchNorm": (2, 3, 4),
 }
 
 

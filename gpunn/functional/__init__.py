@@ -47,6 +47,7 @@ from gpunn.functional.pooling import (
     max_unpool1d,
     max_unpool2d,
 )
+from gpunn.functional.sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -95,6 +96,7 @@ __all__ = [
     "softshrink",
     "softsign",
     "swiglu",
+    "sync_batch_norm",
     "tanh",
     "tanhshrink",
 ]

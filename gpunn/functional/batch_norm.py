@@ -132,42 +132,39 @@ def _differentiable(
     return gradients
 
 
-def check_batch(
-    input: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    training: bool,
-) -> None:
-    """Refuse what torch refuses."""
+def check_channels(input: torch.Tensor, **given: torch.Tensor | None) -> None:
+    """Refuse an input without channels, and what does not have a number for each of them."""
     if input.dim() < 2:
         raise IndexError(
             f"input: batch_norm expects 2 dimensions or more, got shape {tuple(input.shape)}"
         )
-    n_channels = input.shape[1]
-    if training and input.numel() == n_channels:
-        raise ValueError(
-            "input: batch_norm expects more than 1 value per channel when training, "
-            f"got shape {tuple(input.shape)}"
-        )
-    if not training and (running_mean is None or running_var is None):
-        raise RuntimeError(
-            "running_mean, running_var: batch_norm expects both where it is not training"
-        )
-    given = {"running_mean": running_mean, "running_var": running_var}
-    for name, tensor in {**given, "weight": weight, "bias": bias}.items():
+    for name, tensor in given.items():
         if tensor is None:
             continue
-        if tensor.numel() != n_channels:
+        if tensor.numel() != input.shape[1]:
             raise RuntimeError(
-                f"{name}: batch_norm expects {n_channels} elements, got {tensor.numel()}"
+                f"{name}: batch_norm expects {input.shape[1]} elements, got {tensor.numel()}"
             )
         if tensor.dtype not in (input.dtype, torch.float32) or tensor.device != input.device:
             raise RuntimeError(
                 f"{name}: batch_norm expects {input.dtype} or float32 on {input.device}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
+
+
+def _check_statistics(
+    input: torch.Tensor, running: tuple[torch.Tensor | None, torch.Tensor | None], training: bool
+) -> None:
+    """Refuse a batch without statistics: of one value a channel, or with no running ones."""
+    if training and input.numel() == input.shape[1]:
+        raise ValueError(
+            "input: batch_norm expects more than 1 value per channel when training, "
+            f"got shape {tuple(input.shape)}"
+        )
+    if not training and any(part is None for part in running):
+        raise RuntimeError(
+            "running_mean, running_var: batch_norm expects both where it is not training"
+        )
 
 
 def _by_torch(
@@ -225,7 +222,8 @@ def batch_norm(
     )
     if not is_tensor("batch_norm", input) or not takes("batch_norm", input, residual, *arguments):
         return _by_torch(input, residual, arguments, options)
-    check_batch(input, *arguments, training)
+    check_channels(input, weight=weight, **given)
+    _check_statistics(input, (running_mean, running_var), training)
     if input.numel() == 0 or input.numel() // input.shape[1] > MOST_POSITIONS:
         decline("batch_norm", f"no kernel for a batch of shape {tuple(input.shape)}")
         return _by_torch(input, residual, arguments, options)

@@ -38,7 +38,7 @@ from gpunn.nn.activation import (
     Tanh,
     Tanhshrink,
 )
-from gpunn.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from gpunn.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from gpunn.nn.convolution import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from gpunn.nn.dropout import (
     AlphaDropout,
@@ -119,6 +119,7 @@ __all__ = [
     "Softshrink",
     "Softsign",
     "SwiGLU",
+    "SyncBatchNorm",
     "Tanh",
     "Tanhshrink",
     "Unflatten",

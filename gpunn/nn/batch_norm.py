@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import gpunn.functional as GF
@@ -30,8 +31,8 @@ class _Fused(_BatchNorm):
         activation: ActivationName = None,
     ) -> None:
         without = {} if bias else {"bias": False}  # which older versions of torch do not know
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **without
+        _BatchNorm.__init__(
+            self, num_features, eps, momentum, affine, track_running_stats, device, dtype, **without
         )
         resolve_activation(activation)  # or raises
         self.activation = activation
@@ -96,3 +97,64 @@ class BatchNorm3d(_Fused, torch.nn.BatchNorm3d):
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """f(batch_norm(input) + residual), for (N, C, D, H, W)."""
         return self._normalised(input, residual)
+
+
+class SyncBatchNorm(_Fused, torch.nn.SyncBatchNorm):
+    """``torch.nn.SyncBatchNorm`` on ``gpunn.functional.sync_batch_norm``, as ``BatchNorm1d``.
+
+    In training, where torch.distributed is initialised with more than one process, the statistics
+    are those of all of them.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: ActivationName = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, activation=activation,
+        )  # fmt: skip
+        self.process_group = process_group
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """f(batch_norm(input) + residual), for (N, C, *)."""
+        group = self.process_group
+        alone = not (dist.is_available() and dist.is_initialized())
+        if not self.training or alone or dist.get_world_size(group) < 2:
+            return self._normalised(input, residual)
+        self._check_input_dim(input)
+        *tensors, _, momentum, eps = self._arguments()
+        arguments: Any = (input, *tensors, momentum, eps, group)
+        return GF.sync_batch_norm(*arguments, activation=self.activation, residual=residual)
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: torch.nn.Module, process_group: Any = None
+    ) -> torch.nn.Module:
+        """The module with each batch normalisation in it, torch's or gpunn's, made one of these.
+
+        Parameters, buffers and activation stay. A module that is one itself is returned converted.
+        """
+        converted = module
+        if isinstance(module, _BatchNorm):
+            converted = cls(
+                module.num_features, module.eps, module.momentum, module.affine,
+                module.track_running_stats, process_group,
+                activation=getattr(module, "activation", None),
+            )  # fmt: skip
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(converted, name, getattr(module, name))
+            converted.training = module.training
+        for name, child in module.named_children():
+            converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return converted
