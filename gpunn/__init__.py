@@ -1,6 +1,7 @@
 """GPU kernels for neural networks, in Triton and CUDA C++, as drop-in PyTorch layers."""
 
 from gpunn import functional, nn
+from gpunn.folding import fold_batch_norm
 from gpunn.kernels.launch import Trace, backend, trace
 from gpunn.replacement import Replacement, accelerate, restore
 
@@ -11,6 +12,7 @@ __all__ = [
     "Trace",
     "accelerate",
     "backend",
+    "fold_batch_norm",
     "functional",
     "nn",
     "restore",

@@ -1,0 +1,132 @@
+"""Folding batch normalisations into the convolutions and linears before them, for inference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+import gpunn.functional as GF
+from gpunn.functional.activation import resolve_activation
+from gpunn.replacement import accelerate
+
+
+class _Tracer(torch.fx.Tracer):
+    """Layers of gpunn are not looked into, as torch's are not."""
+
+    def is_leaf_module(self, module: torch.nn.Module, qualified_name: str) -> bool:
+        is_layer = module.__module__.startswith("gpunn.nn.")
+        return is_layer or super().is_leaf_module(module, qualified_name)
+
+
+def fold_batch_norm(model: torch.nn.Module) -> torch.fx.GraphModule:
+    """A copy of ``model`` for eval, where convolutions and linears do the normalising.
+
+    W' = W s and b' = (b - mean) s + bias, with s = weight / sqrt(var + eps), for a batch
+    normalisation by running statistics that alone reads the result of a ``Conv1d``, ``Conv2d``,
+    ``Conv3d``, ``ConvTranspose1d``, ``ConvTranspose2d`` or ``Linear``, torch's or gpunn's. What the
+    normalisation fused, activation and residual, is fused into that layer. One that follows
+    something else stays. All layers become gpunn's; the model itself is not changed.
+
+    Source: B. Jacob et al. (2018), https://arxiv.org/abs/1712.05877, section 3.2.
+
+    Raises:
+        torch.fx.proxy.TraceError: the model's forward depends on its input's values.
+    """
+    model = copy.deepcopy(model).eval()
+    accelerate(model)
+    folded = torch.fx.GraphModule(model, _Tracer().trace(model))
+    for node in list(folded.graph.nodes):
+        layer, norm = _foldable(folded, node)
+        if layer is not None and norm is not None:
+            _fold(layer, norm)
+            _rewire(folded.graph, node, layer, norm)
+    folded.graph.lint()
+    folded.delete_all_unused_submodules()
+    folded.recompile()
+    return folded
+
+
+def _module_of(model: torch.fx.GraphModule, node: Any) -> torch.nn.Module | None:
+    """What a node calls, if nothing else in the graph calls it."""
+    if not isinstance(node, torch.fx.Node) or node.op != "call_module":
+        return None
+    calls = [n for n in model.graph.nodes if n.op == "call_module" and n.target == node.target]
+    return model.get_submodule(str(node.target)) if len(calls) == 1 else None
+
+
+def _foldable(
+    model: torch.fx.GraphModule, node: torch.fx.Node
+) -> tuple[Any, _BatchNorm] | tuple[None, None]:
+    """Layer and normalisation of a pair that can be folded, where ``node`` is the latter."""
+    norm = _module_of(model, node)
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+        return None, None
+    before = node.args[0]
+    layer = _module_of(model, before)
+    assert isinstance(before, torch.fx.Node)
+    if not isinstance(layer, (_ConvNd, torch.nn.Linear)):
+        return None, None
+    adds = len(before.args) > 1 or before.kwargs
+    fuses = adds or getattr(layer, "activation", None) or getattr(layer, "dropout_p", 0.0)
+    in_groups = isinstance(layer, _ConvTransposeNd) and layer.groups > 1
+    if len(before.users) > 1 or fuses or in_groups:
+        return None, None
+    return layer, norm
+
+
+def _fold(layer: Any, norm: _BatchNorm) -> None:
+    """Change the layer's parameters."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    layer.weight, layer.bias = fuse_conv_bn_weights(
+        layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
+        norm.bias, isinstance(layer, _ConvTransposeNd),
+    )  # fmt: skip
+
+
+def _of_rows(x: torch.Tensor) -> torch.Tensor:
+    """x, if a normalisation of a linear's results was one of its features."""
+    if x.dim() != 2:
+        raise RuntimeError(
+            "input: a linear into which a batch normalisation was folded expects (N, features), "
+            f"got shape {tuple(x.shape)}"
+        )
+    return x
+
+
+def _rewire(graph: torch.fx.Graph, node: torch.fx.Node, layer: Any, norm: Any) -> None:
+    """Take the normalisation out of the graph, and keep what it fused."""
+    before = node.args[0]
+    assert isinstance(before, torch.fx.Node)
+    rest = [*node.args[1:], *node.kwargs.values()]
+    residual, activation = rest[0] if rest else None, getattr(norm, "activation", None)
+    with graph.inserting_before(before):
+        if isinstance(layer, torch.nn.Linear):
+            before.update_arg(0, graph.call_function(_of_rows, (before.args[0],)))
+    fuses = type(layer).__module__.startswith("gpunn.nn.")
+    if fuses and residual is None:
+        layer.activation, activation = activation, None
+    with graph.inserting_before(node):  # where the residual is known
+        result = graph.node_copy(before, lambda given: given)
+        if fuses and residual is not None:
+            result.kwargs = {"residual": residual}
+        elif residual is not None:
+            result = graph.call_function(torch.add, (result, residual))
+        if activation is not None:
+            result = _activated(graph, result, activation)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    graph.erase_node(before)
+
+
+def _activated(graph: torch.fx.Graph, node: torch.fx.Node, activation: Any) -> torch.fx.Node:
+    name, parameters = resolve_activation(activation)
+    if name == "gelu_tanh":
+        return graph.call_function(GF.gelu, (node, "tanh"))
+    parameters = [] if name == "relu6" else parameters
+    return graph.call_function(getattr(GF, name), (node, *parameters))

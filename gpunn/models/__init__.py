@@ -1,0 +1,62 @@
+"""Networks of the literature, built of ``gpunn.nn``'s layers.
+
+Each is an ordinary ``torch.nn.Module`` that returns logits: their softmax is the caller's, inside
+the cross-entropy. Where torchvision has the network, parameters have its names and shapes, so that
+its checkpoints load; activations, residuals and dropout are fused into the layers before them.
+"""
+
+from gpunn.models.alexnet import AlexNet, AlexNetOneTower, alexnet, alexnet_one_tower
+from gpunn.models.lenet import LeNet5, lenet5
+from gpunn.models.resnet import (
+    BasicBlock,
+    Bottleneck,
+    CifarBlock,
+    CifarResNet,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnet_cifar,
+)
+from gpunn.models.vgg import (
+    VGG,
+    vgg11,
+    vgg11_bn,
+    vgg13,
+    vgg13_bn,
+    vgg16,
+    vgg16_bn,
+    vgg19,
+    vgg19_bn,
+)
+
+__all__ = [
+    "VGG",
+    "AlexNet",
+    "AlexNetOneTower",
+    "BasicBlock",
+    "Bottleneck",
+    "CifarBlock",
+    "CifarResNet",
+    "LeNet5",
+    "ResNet",
+    "alexnet",
+    "alexnet_one_tower",
+    "lenet5",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnet_cifar",
+    "vgg11",
+    "vgg11_bn",
+    "vgg13",
+    "vgg13_bn",
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "vgg19_bn",
+]

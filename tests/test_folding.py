@@ -1,0 +1,143 @@
+"""Batch normalisations folded into the layers before them: the same numbers with fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpunn
+import gpunn.nn
+from gpunn import models
+from kit import launched
+
+
+def with_statistics(model: torch.nn.Module) -> Any:
+    """As a training would leave the normalisations: not the identity."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                if tensor is not None:
+                    torch.nn.init.uniform_(tensor, 0.5, 1.5)
+    return model.eval()
+
+
+class Net(torch.nn.Module):
+    """A layer, a normalisation with what it fuses, and a shortcut where ``residual``."""
+
+    def __init__(self, layer: torch.nn.Module, norm: torch.nn.Module, residual: bool) -> None:
+        super().__init__()
+        self.layer, self.norm, self.residual = layer, norm, residual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.layer(x)
+        y: torch.Tensor = self.norm(z, residual=x * 2) if self.residual else self.norm(z)
+        return y
+
+
+PAIRS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "Conv1d": (lambda: gpunn.nn.Conv1d(4, 4, 3, padding=1), gpunn.nn.BatchNorm1d, (2, 4, 6)),
+    "Conv2d": (lambda: gpunn.nn.Conv2d(4, 4, 3, padding=1), gpunn.nn.BatchNorm2d, (2, 4, 5, 6)),
+    "Conv2d, groups": (
+        lambda: gpunn.nn.Conv2d(4, 4, 1, groups=2, bias=False), gpunn.nn.BatchNorm2d, (2, 4, 5, 3)
+    ),
+    "ConvTranspose2d": (
+        lambda: gpunn.nn.ConvTranspose2d(4, 4, 1), gpunn.nn.BatchNorm2d, (2, 4, 5, 3)
+    ),
+    "Linear": (lambda: gpunn.nn.Linear(4, 4), gpunn.nn.BatchNorm1d, (3, 4)),
+    "Conv3d, torch's": (lambda: torch.nn.Conv3d(4, 4, 1), gpunn.nn.BatchNorm3d, (2, 4, 2, 3, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu_tanh", ("leaky_relu", 0.3), "relu6"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_folded_equals_unfolded(name: str, activation: Any, residual: bool, device: str) -> None:
+    layer, norm, shape = PAIRS[name]
+    net = with_statistics(Net(layer(), norm(4, activation=activation), residual)).to(device)
+    x = torch.randn(shape, device=device)
+    folded = gpunn.fold_batch_norm(net)
+    with gpunn.backend("torch"):
+        torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+
+
+def test_what_a_fold_launches(device: str) -> None:
+    """One kernel for convolution, normalisation, activation."""
+    net = gpunn.nn.Sequential(
+        gpunn.nn.Conv2d(4, 6, 3, bias=False), gpunn.nn.BatchNorm2d(6, activation="relu")
+    )
+    x = torch.randn(2, 4, 5, 5, device=device)
+    with_statistics(net).to(device)
+    folded = gpunn.fold_batch_norm(net)
+    with gpunn.trace() as trace:
+        y = folded(x)
+    assert len(launched(trace, "conv_forward")) == len(trace.launches) == 1
+    torch.testing.assert_close(y, net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_torchs_layers_and_the_model_itself(device: str) -> None:
+    """torch's layers become gpunn's, and the model stays what it was."""
+    net = with_statistics(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.ReLU())
+    ).to(device)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    folded = gpunn.fold_batch_norm(net.train())
+    assert net.training
+    assert type(net[0]) is torch.nn.Conv2d
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    x = torch.randn(2, 3, 6, 6, device=device)
+    torch.testing.assert_close(folded(x), net.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+class Unfoldable(torch.nn.Module):
+    """Normalisations of what is also read elsewhere, is activated before, or has no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = gpunn.nn.BatchNorm2d(4)
+        self.shared = gpunn.nn.Conv2d(4, 4, 1)
+        self.norms = torch.nn.ModuleList(gpunn.nn.BatchNorm2d(4) for _ in range(3))
+        self.active = gpunn.nn.Conv2d(4, 4, 1, activation="relu")
+        self.untracked = gpunn.nn.BatchNorm2d(4, track_running_stats=False)
+        self.last = gpunn.nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.shared(self.first(x))
+        z = self.norms[0](z) + z
+        z = self.norms[1](self.active(z))
+        z = self.norms[2](F.relu(z))
+        y: torch.Tensor = self.untracked(self.last(z))
+        return y
+
+
+def test_what_cannot_be_folded_stays(device: str) -> None:
+    net = with_statistics(Unfoldable()).to(device)
+    folded = gpunn.fold_batch_norm(net)
+    norms = [m for m in folded.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 5
+    x = torch.randn(2, 4, 3, 3, device=device)
+    with gpunn.backend("torch"):
+        torch.testing.assert_close(folded(x), net(x))
+
+
+def test_a_folded_linear_refuses_what_it_was_not_folded_for(device: str) -> None:
+    """Of (N, 4, 4) a BatchNorm1d would have normalised the middle, not the features."""
+    net = Net(gpunn.nn.Linear(4, 4), gpunn.nn.BatchNorm1d(4), residual=False)
+    folded = gpunn.fold_batch_norm(with_statistics(net)).to(device)
+    with pytest.raises(RuntimeError, match="folded"):
+        folded(torch.randn(2, 4, 4, device=device))
+
+
+@pytest.mark.parametrize("build", [models.resnet18, models.resnet50, models.vgg11_bn])
+def test_networks_folded(build: Any, device: str) -> None:
+    """No normalisation is left in them, and every block's shortcut is added by a convolution."""
+    net = with_statistics(build(num_classes=10)).to(device)
+    folded = gpunn.fold_batch_norm(net)
+    x = torch.randn(1, 3, 64, 64, device=device)
+    with gpunn.backend("torch"), torch.no_grad():
+        y, expected = folded(x), net(x)
+        assert (y - expected).norm() <= 1e-4 * expected.norm()
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in folded.modules())
