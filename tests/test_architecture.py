@@ -25,6 +25,7 @@ ROOMS = {
     "kernels": {"gpunn.kernels", "torch", "triton", "numpy", "cupy"},
     "gpunn/functional": {"gpunn.functional", "gpunn.kernels", "torch"},
     "gpunn/nn": {"gpunn.nn", "gpunn.functional", "torch"},
+    "gpunn/models": {"gpunn", "gpunn.models", "gpunn.nn", "torch"},
     "gpunn/reference": {"gpunn.reference", "numpy"},
 }
 STANDARD = {
