@@ -279,10 +279,23 @@ def test_a_mean_far_from_zero_keeps_its_variance(device: str) -> None:
     torch.testing.assert_close(squares.double() / n, exact.var(1, correction=0), rtol=1e-5, atol=0)
 
 
-def test_parts_of_a_batch_that_drift_apart(device: str) -> None:
-    """The chunks' statistics differ, and are added up as such."""
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_parts_of_a_batch_that_drift_apart(channels_last: bool, device: str) -> None:
+    """The chunks' statistics differ and are added up as such; the running ones move once."""
     x = torch.randn(64, 2, 33, device=device) + torch.arange(64, device=device)[:, None, None]
     x[0] += 1e3
+    x = with_channels_last(x) if channels_last else x
+    results = []
+    for function, dtype in ((GF.batch_norm, x.dtype), (F.batch_norm, torch.float64)):
+        call: Any = function
+        mean, var = torch.zeros(2, 2, device=device, dtype=dtype)
+        with gpunn.trace() as trace:
+            y = call(x.to(dtype), mean, var, training=True, momentum=0.3)
+        results.append([part.double() for part in (y, mean, var)])
+        if call is GF.batch_norm:
+            assert trace.launches[0].grid[0] > 1, "there is but one chunk"
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
     mean, squares = launchers["batch_norm_statistics"](x)
     exact = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-5, atol=0)
