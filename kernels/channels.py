@@ -268,9 +268,8 @@ def gradient_sums_kernel(
             first, end, first_channel, n_channels, n_positions, CHANNELS_LAST, ACTIVATION,
             GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
         )  # fmt: skip
-        dz = tl.where(mask, dz, 0.0)
-        sums += dz
-        products += dz * tl.where(mask, apart, 0.0)
+        sums += dz  # past the end, dy is 0
+        products += dz * apart
     out = partial_ptr + chunk * n_channels + channel
     tl.store(out, over_positions(sums, CHANNELS_LAST), mask=channel < n_channels)
     products = over_positions(products, CHANNELS_LAST) * invstd

@@ -192,7 +192,7 @@ def test_any_layout_of_input_residual_and_gradient(device: str) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape", [(3, 11, 5, 3), (2, 40, 3, 3), (600, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 11, 5, 3), (2, 40, 3, 3), (600, 4), (2, 3, 30, 30)], ids=str)
 def test_the_bits_are_where_relu_passes(
     shape: tuple[int, ...], channels_last: bool, device: str
 ) -> None:
@@ -267,6 +267,21 @@ def test_running_statistics_after_ten_steps(device: str) -> None:
         assert ours.num_batches_tracked == 10
         x = torch.randn(3, 5, 4, 4, device=device)
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1000.3, -7e5])
+def test_without_variance_there_is_the_bias(value: float, device: str) -> None:
+    """A channel of one value: what it is off its mean by rounding is no negative variance."""
+    x = torch.full((3, 2, 37), value, device=device)
+    bias = torch.tensor([1.0, -2.0], device=device)
+    mean, squares = launchers["batch_norm_statistics"](x)
+    assert (squares >= 0).all()
+    assert (squares / 111 <= (1e-6 * value) ** 2).all()
+    torch.testing.assert_close(mean, x[0, :, 0])
+    running = torch.zeros(2, device=device), torch.ones(2, device=device)
+    y = GF.batch_norm(x, *running, None, bias, True, 1.0, 1e-1)
+    torch.testing.assert_close(y, bias[:, None].expand_as(x), rtol=0.5, atol=0)
+    torch.testing.assert_close(running[1], torch.zeros(2, device=device), rtol=0, atol=1)
 
 
 def test_a_mean_far_from_zero_keeps_its_variance(device: str) -> None:

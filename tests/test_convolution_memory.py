@@ -42,8 +42,8 @@ class Nowhere(list[launch.Call]):
 
 def peak_on_cpu(function: Callable[[], object]) -> int:
     """The most bytes that ``function`` holds at once of what it allocates."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    options: Any = {"activities": [torch.profiler.ProfilerActivity.CPU], "acc_events": True}
+    with torch.profiler.profile(profile_memory=True, **options) as profile:
         kept = function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert events
