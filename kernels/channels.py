@@ -114,13 +114,19 @@ def unpacked(byte, N_ROWS: tl.constexpr, N_COLS: tl.constexpr):
 
 
 @triton.jit
-def gradient_before(
-    dy, z, residual_ptr, bits_ptr, at, mask, first, end, first_channel, n_channels, n_positions,
+def gradient_tile(
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, first, end, first_channel, mean, scale, bias,
+    n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner,
     CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, FROM_OUTPUT: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dz = f'(z + residual) dy; by the bits, where there are any."""
+    """dz = f'(z + residual) dy, by the bits where there are any; x - mean; offsets and mask."""
+    channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
+    at, mask = tile_at(first, end, channel, n_channels, n_inner, stride_n, stride_c, stride_inner,
+                       CHANNELS_LAST, BLOCK_POSITIONS)  # fmt: skip
+    dy = widen(tl.load(dy_ptr + at, mask=mask, other=0.0))
+    apart = widen(tl.load(x_ptr + at, mask=mask, other=0.0)) - by_channel(mean, CHANNELS_LAST)
     if bits_ptr is not None:
         at_bits, mask_bits = bits_at(first, end, first_channel, n_channels, n_positions,
                                      CHANNELS_LAST, BLOCK_POSITIONS, BLOCK_CHANNELS)  # fmt: skip
@@ -129,11 +135,11 @@ def gradient_before(
         cols: tl.constexpr = BLOCK_CHANNELS if CHANNELS_LAST else BLOCK_POSITIONS
         dz = tl.where(unpacked(byte, rows, cols), dy, 0.0)
     else:
+        z = apart * scale + bias
         if residual_ptr is not None:
             z += widen(tl.load(residual_ptr + at, mask=mask, other=0.0))
-        saved = ACTIVATION(z, P0, P1) if FROM_OUTPUT else z
-        dz = GRADIENT(dy, saved, P0, P1)
-    return dz
+        dz = GRADIENT(dy, ACTIVATION(z, P0, P1) if FROM_OUTPUT else z, P0, P1)
+    return dz, apart, at, mask
 
 
 @triton.jit
@@ -259,14 +265,10 @@ def gradient_sums_kernel(
     )
     sums, products = tl.zeros(shape, mean.dtype), tl.zeros(shape, mean.dtype)
     for first in tl.range(start, end, BLOCK_POSITIONS):
-        at, mask = tile_at(first, end, channel, n_channels, n_inner, stride_n, stride_c,
-                           stride_inner, CHANNELS_LAST, BLOCK_POSITIONS)  # fmt: skip
-        dy = widen(tl.load(dy_ptr + at, mask=mask, other=0.0))
-        apart = widen(tl.load(x_ptr + at, mask=mask, other=0.0)) - by_channel(mean, CHANNELS_LAST)
-        dz = gradient_before(
-            dy, apart * scale + bias, residual_ptr, bits_ptr, at, mask,
-            first, end, first_channel, n_channels, n_positions, CHANNELS_LAST, ACTIVATION,
-            GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
+        dz, apart, _, _ = gradient_tile(
+            dy_ptr, x_ptr, residual_ptr, bits_ptr, first, end, first_channel, mean, scale, bias,
+            n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, CHANNELS_LAST,
+            ACTIVATION, GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
         )  # fmt: skip
         sums += dz  # past the end, dy is 0
         products += dz * apart
@@ -308,14 +310,10 @@ def input_gradient_kernel(
     start = chunk * positions_a_chunk
     end = tl.minimum(start + positions_a_chunk, n_positions)
     for first in tl.range(start, end, BLOCK_POSITIONS):
-        at, mask = tile_at(first, end, channel, n_channels, n_inner, stride_n, stride_c,
-                           stride_inner, CHANNELS_LAST, BLOCK_POSITIONS)  # fmt: skip
-        dy = widen(tl.load(dy_ptr + at, mask=mask, other=0.0))
-        apart = widen(tl.load(x_ptr + at, mask=mask, other=0.0)) - by_channel(mean, CHANNELS_LAST)
-        dz = gradient_before(
-            dy, apart * scale + bias, residual_ptr, bits_ptr, at, mask,
-            first, end, first_channel, n_channels, n_positions, CHANNELS_LAST, ACTIVATION,
-            GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
+        dz, apart, at, mask = gradient_tile(
+            dy_ptr, x_ptr, residual_ptr, bits_ptr, first, end, first_channel, mean, scale, bias,
+            n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, CHANNELS_LAST,
+            ACTIVATION, GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
         )  # fmt: skip
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + at, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
