@@ -326,9 +326,10 @@ def test_public_names_are_documented_and_defined_here() -> None:
 
     import gpunn
     import gpunn.functional
+    import gpunn.models
     import gpunn.nn
 
-    for package in (gpunn, gpunn.functional, gpunn.nn):
+    for package in (gpunn, gpunn.functional, gpunn.models, gpunn.nn):
         for name in package.__all__:
             value = getattr(package, name)
             if name in CONTAINERS:
