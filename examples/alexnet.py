@@ -11,12 +11,12 @@ which quarter of which of two photographs a patch comes: eight classes. The midd
 quarter is held out, and no pixel of it is trained on. Of the two accuracies that are reported, the
 one on the regions trained on is in part memory, by as much as it exceeds the other: those very
 pixels were seen again and again. Only the one on the strips says what the net makes of patches
-that it never saw; guessing is 12.5 %.
-The strips lie between regions that were trained on. On other photographs it would know nothing.
+that it never saw; guessing is 12.5 %. Even that is kind to the net: the strips lie between regions
+that it was trained on, and a few settings were chosen with both accuracies in view.
 
 Paper: Krizhevsky, Sutskever and Hinton, "ImageNet classification with deep convolutional neural
-networks", NIPS 2012. Data: china.jpg by danielbuechele and flower.jpg by dany13 (both
-flickr.com), which scikit-learn ships, licence CC BY 2.0.
+networks", NIPS 2012. Data: china.jpg by danielbuechele and flower.jpg by vultilion (both
+flickr.com; so their addresses say), which scikit-learn ships, licence CC BY 2.0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ N_MEASURED = 512  # patches, in each of the two accuracies
 BATCH = 64
 LEARNING_RATE = 1e-3  # of Adam; falls linearly to 0 over the run
 STEPS, EXPECTED = 800, 0.50
-QUICK_STEPS, QUICK_EXPECTED = 60, 0.30
+QUICK_STEPS, QUICK_EXPECTED = 60, 0.25
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,10 @@ def draw_patches(sources: Sequence[Region], n: int, generator: torch.Generator) 
 
 
 def build(n_classes: int = 8) -> nn.Sequential:
-    """AlexNet's order of layers with a tenth of its maps, for patches of 47×47."""
+    """AlexNet's order of layers with fewer maps, for patches of 47×47."""
+    first = nn.Conv2d(3, 24, 7, stride=2, activation="relu")
     model = nn.Sequential(
-        nn.Conv2d(3, 24, 7, stride=2, activation="relu"),
+        first,
         nn.MaxPool2d(3, 2),
         nn.Conv2d(24, 48, 5, padding=2, activation="relu"),
         nn.MaxPool2d(3, 2),
@@ -166,6 +167,8 @@ def build(n_classes: int = 8) -> nn.Sequential:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             # So that what passes through eight layers does not shrink: He et al., 2015.
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    # As in the paper: so little noise that what is learnt shows in the picture of the filters.
+    torch.nn.init.normal_(first.weight, std=0.01)
     return model
 
 
