@@ -67,7 +67,8 @@ def test_check_passes_and_its_table_has_everything(capsys: Capture) -> None:
     assert set(rows.values()) == {"ok"}
     assert {op for op, _, _ in rows} == set(OPS)
     named = {word for _, case, _ in rows for word in re.findall(r"\w+", case)}
-    assert set(GF.__all__) - {"linear"} <= named
+    # linear's cases name what it fuses, conv3d has no kernel, and sync_batch_norm needs processes
+    assert set(GF.__all__) - {"linear", "conv3d", "sync_batch_norm"} <= named
     assert set(ACTIVATIONS) <= named
     assert {dtype for _, _, dtype in rows} == {"float32", "float16", "bfloat16"}
     assert len(rows) == 3 * sum(map(len, check.CHECKS.values()))

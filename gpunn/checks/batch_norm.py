@@ -94,18 +94,18 @@ def check_batch_norm(case: Case, dtype: torch.dtype, device: str) -> list[Compar
 
 
 CASES: dict[str, Case] = {
-    "training, images": Case((3, 10, 5, 7)),
-    "training, channels_last, ReLU, residual": Case(
+    "batch_norm, training, images": Case((3, 10, 5, 7)),
+    "batch_norm, training, channels_last, ReLU, residual": Case(
         (4, 40, 6, 5), activation="relu", residual=True, channels_last=True
     ),
-    "training, GELU, residual": Case((2, 6, 5, 8), activation="gelu", residual=True),
-    "training, rows, SiLU": Case((30, 12), activation="silu"),
-    "training, volumes, without parameters": Case((2, 3, 4, 3, 5), affine=False),
-    "eval, images": Case((2, 5, 4, 6), training=False),
-    "eval, channels_last, ReLU, residual": Case(
+    "batch_norm, training, GELU, residual": Case((2, 6, 5, 8), activation="gelu", residual=True),
+    "batch_norm, training, rows, SiLU": Case((30, 12), activation="silu"),
+    "batch_norm, training, volumes, without parameters": Case((2, 3, 4, 3, 5), affine=False),
+    "batch_norm, eval, images": Case((2, 5, 4, 6), training=False),
+    "batch_norm, eval, channels_last, ReLU, residual": Case(
         (2, 24, 4, 6), training=False, activation="relu", residual=True, channels_last=True
     ),
-    "eval, signals, tanh": Case((3, 4, 9), training=False, activation="tanh"),
+    "batch_norm, eval, signals, tanh": Case((3, 4, 9), training=False, activation="tanh"),
 }
 CHECKS = [
     Check("batch_norm", name, functools.partial(check_batch_norm, case))
