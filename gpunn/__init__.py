@@ -1,6 +1,6 @@
 """GPU kernels for neural networks, in Triton and CUDA C++, as drop-in PyTorch layers."""
 
-from gpunn import functional, nn
+from gpunn import functional, models, nn
 from gpunn.folding import fold_batch_norm
 from gpunn.kernels.launch import Trace, backend, trace
 from gpunn.replacement import Replacement, accelerate, restore
@@ -14,6 +14,7 @@ __all__ = [
     "backend",
     "fold_batch_norm",
     "functional",
+    "models",
     "nn",
     "restore",
     "trace",

@@ -63,18 +63,17 @@ def _foldable(
     model: torch.fx.GraphModule, node: torch.fx.Node
 ) -> tuple[Any, _BatchNorm] | tuple[None, None]:
     """Layer and normalisation of a pair that can be folded, where ``node`` is the latter."""
-    norm = _module_of(model, node)
+    norm, before = _module_of(model, node), node.args[0] if node.args else None
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
         return None, None
-    before = node.args[0]
     layer = _module_of(model, before)
-    assert isinstance(before, torch.fx.Node)
-    if not isinstance(layer, (_ConvNd, torch.nn.Linear)):
+    if not isinstance(before, torch.fx.Node) or not isinstance(layer, (_ConvNd, torch.nn.Linear)):
         return None, None
-    adds = len(before.args) > 1 or before.kwargs
+    adds = len(before.args) != 1 or before.kwargs
     fuses = adds or getattr(layer, "activation", None) or getattr(layer, "dropout_p", 0.0)
     in_groups = isinstance(layer, _ConvTransposeNd) and layer.groups > 1
-    if len(before.users) > 1 or fuses or in_groups:
+    computed = torch.nn.utils.parametrize.is_parametrized(layer)
+    if len(before.users) > 1 or fuses or in_groups or computed:
         return None, None
     return layer, norm
 

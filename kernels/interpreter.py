@@ -8,7 +8,9 @@ GPU. Triton 3.6 mistreats bfloat16 there, which NumPy lacks and the interpreter 
 - a conversion to bfloat16 truncates where a GPU rounds to nearest even, and one from float64
   or float16 converts the number to an integer.
 
-And it makes an integer of an array of one element, which NumPy 2.4 refuses and 2.3 warns of.
+And it makes an integer of an array of one element, which NumPy 2.4 refuses and 2.3 warns of; and
+``tl.sum`` adds one number after the other, except along the last dimension, where a GPU's threads
+add as many partial sums as they are: its rounding errors grow faster than a GPU's.
 """
 
 from __future__ import annotations
@@ -72,6 +74,22 @@ def mend_interpreter() -> None:
     interpreter._patch_lang_tensor = mended_patch
 
 
+def mend_sums() -> None:
+    """Add up in partial sums along every dimension. Called once, on import."""
+    from triton.runtime.interpreter import ReduceOps
+
+    add = ReduceOps.sum
+
+    def mended_sum(self: Any, tensor: Any) -> Any:
+        if self.axis is None:
+            return add(self, tensor)
+        total = np.ascontiguousarray(np.moveaxis(tensor.handle.data, self.axis, -1)).sum(-1)
+        total = np.expand_dims(total, self.axis) if self.keep_dims else total
+        return self.to_tensor(total, tensor.dtype)
+
+    ReduceOps.sum = mended_sum
+
+
 def quiet_numpy() -> AbstractContextManager[None]:
     """NumPy silent about overflow and NaN, as a GPU is: both sides of ``tl.where`` are computed."""
     return np.errstate(all="ignore")
@@ -79,3 +97,4 @@ def quiet_numpy() -> AbstractContextManager[None]:
 
 if INTERPRETING:
     mend_interpreter()
+    mend_sums()

@@ -149,12 +149,15 @@ def test_what_no_kernel_takes_is_torchs(device: str, monkeypatch: pytest.MonkeyP
     running = torch.zeros(6, device=device), torch.ones(6, device=device)
     with gpunn.backend("auto"), gpunn.trace() as trace:
         assert GF.batch_norm(x, *running, activation="relu").shape == x.shape
+        nothing = torch.randn(4, 0, 3, device=device)
+        arguments: Any = (nothing, None, None, None, None, True)
+        assert GF.batch_norm(*arguments).shape == F.batch_norm(*arguments).shape
         module = importlib.import_module("gpunn.functional.batch_norm")
         monkeypatch.setattr(module, "MOST_POSITIONS", 10)
         x, weight, bias, residual = operands(device)
         agree(call(x, weight, bias, residual), by_torch(x, weight, bias, residual), [x])
     assert not trace.launches
-    assert len(trace.fallbacks) == 2
+    assert len(trace.fallbacks) == 3
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -93,13 +93,18 @@ def test_torchs_layers_and_the_model_itself(device: str) -> None:
 
 
 class Unfoldable(torch.nn.Module):
-    """Normalisations of what is also read elsewhere, is activated before, or has no layer."""
+    """Normalisations of what is also read elsewhere, activated or computed before; or of no layer.
+
+    And one that is called by keyword.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.first = gpunn.nn.BatchNorm2d(4)
         self.shared = gpunn.nn.Conv2d(4, 4, 1)
-        self.norms = torch.nn.ModuleList(gpunn.nn.BatchNorm2d(4) for _ in range(3))
+        self.norms = torch.nn.ModuleList(gpunn.nn.BatchNorm2d(4) for _ in range(5))
+        self.computed = torch.nn.utils.parametrizations.weight_norm(gpunn.nn.Conv2d(4, 4, 1))
+        self.named = gpunn.nn.Conv2d(4, 4, 1)
         self.active = gpunn.nn.Conv2d(4, 4, 1, activation="relu")
         self.untracked = gpunn.nn.BatchNorm2d(4, track_running_stats=False)
         self.last = gpunn.nn.Conv2d(4, 4, 1)
@@ -109,6 +114,8 @@ class Unfoldable(torch.nn.Module):
         z = self.norms[0](z) + z
         z = self.norms[1](self.active(z))
         z = self.norms[2](F.relu(z))
+        z = self.norms[3](self.computed(z))
+        z = self.norms[4](input=self.named(z))
         y: torch.Tensor = self.untracked(self.last(z))
         return y
 
@@ -117,7 +124,7 @@ def test_what_cannot_be_folded_stays(device: str) -> None:
     net = with_statistics(Unfoldable()).to(device)
     folded = gpunn.fold_batch_norm(net)
     norms = [m for m in folded.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    assert len(norms) == 5
+    assert len(norms) == 7
     x = torch.randn(2, 4, 3, 3, device=device)
     with gpunn.backend("torch"):
         torch.testing.assert_close(folded(x), net(x))

@@ -166,3 +166,26 @@ def test_the_mend_is_still_needed(part: str, unmended: dict[str, bool]) -> None:
         f"bfloat16 in {'tl.dot' if part == 'dot' else f'conversions from {part}'}; once every "
         "supported version is, remove that part of kernels/interpreter.py"
     )
+
+
+@triton.jit
+def sum_kernel(x_ptr, y_ptr, AXIS: tl.constexpr, KEEP: tl.constexpr, SIZE: tl.constexpr):
+    """y = Σ x along an axis of (SIZE, SIZE)."""
+    lane = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + lane[:, None] * SIZE + lane[None, :])
+    total = tl.sum(x, axis=AXIS, keep_dims=KEEP)
+    tl.store(y_ptr + lane, tl.reshape(total, (SIZE,)))
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_sum_has_the_errors_of_partial_sums(axis: int, keep: bool) -> None:
+    """One after the other, 1,024 numbers of one sign err by tens of units in the last place."""
+    size = 1024
+    x, y = torch.rand(size, size), torch.empty(size)
+    run("test", sum_kernel, (1,), x, y, launch=Launch(), AXIS=axis, KEEP=keep, SIZE=size)
+    exact = x.double().sum(axis)
+    assert (y.double() - exact).abs().max() <= 4 * 2**-24 * exact.max()
+    in_order = torch.from_numpy(np.cumsum(x.numpy(), axis)).select(axis, -1)
+    assert (in_order.double() - exact).abs().max() > 8 * 2**-24 * exact.max()

@@ -74,5 +74,7 @@ def test_refusals(device: str) -> None:
         GF.sync_batch_norm(x, None, None, torch.ones(4, device=device))
     with pytest.raises(RuntimeError, match="residual"):
         GF.sync_batch_norm(x, None, None, residual=x[:1])
+    with pytest.raises(RuntimeError, match=r"residual: expected torch\.float32"):
+        GF.sync_batch_norm(x, None, None, residual=x.half())
     with gpunn.backend("torch"), pytest.raises(ValueError, match="GPU"):
         GF.sync_batch_norm(x.cpu(), None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -156,7 +157,7 @@ def _check_statistics(
     input: torch.Tensor, running: tuple[torch.Tensor | None, torch.Tensor | None], training: bool
 ) -> None:
     """Refuse a batch without statistics: of one value a channel, or with no running ones."""
-    if training and input.numel() == input.shape[1]:
+    if training and math.prod((input.shape[0], *input.shape[2:])) == 1:
         raise ValueError(
             "input: batch_norm expects more than 1 value per channel when training, "
             f"got shape {tuple(input.shape)}"

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules._functions import SyncBatchNorm
 
 from gpunn.functional.activation import TORCH, ActivationName, resolve_activation
-from gpunn.functional.batch_norm import Options, check_channels, keeps_bits
+from gpunn.functional.batch_norm import MOST_POSITIONS, Options, check_channels, keeps_bits
 from gpunn.functional.convolution_arguments import check_residual
 from gpunn.kernels.batch_norm import (
     batch_norm_backward,
@@ -23,7 +23,7 @@ from gpunn.kernels.batch_norm import (
     batch_norm_statistics,
     batch_norm_sums,
 )
-from gpunn.kernels.launch import takes
+from gpunn.kernels.launch import decline, takes
 
 Optional = torch.Tensor | None
 
@@ -136,10 +136,14 @@ def sync_batch_norm(
     check_channels(input, **running, weight=weight, bias=bias)
     if residual is not None:
         check_residual(residual, input.shape, input.device)
+        if residual.dtype != input.dtype:
+            raise RuntimeError(f"residual: expected {input.dtype}, got {residual.dtype}")
     tensors = input, residual, weight, bias, running_mean, running_var
     if takes("sync_batch_norm", *tensors):
-        y: torch.Tensor = _SyncBatchNorm.apply(*tensors, options, group)
-        return y
+        if input.numel() <= MOST_POSITIONS * input.shape[1]:
+            y: torch.Tensor = _SyncBatchNorm.apply(*tensors, options, group)
+            return y
+        decline("sync_batch_norm", f"no kernel for a batch of shape {tuple(input.shape)}")
     if input.is_cpu:
         raise ValueError("input: sync_batch_norm expects a GPU's tensor where no kernel takes it")
     z = SyncBatchNorm.apply(
