@@ -160,7 +160,11 @@ def chosen_backend() -> Backend:
 
 @contextmanager
 def captured(device: Device) -> Iterator[list[Call]]:
-    """Collect launches for ``device`` instead of making them; launchers may get meta tensors."""
+    """Collect launches for ``device`` instead of making them.
+
+    In this block the functions take meta tensors for tensors of that device, so that what they
+    launch, forward and backward, can be known without one.
+    """
     global _capture
     calls: list[Call] = []
     previous, _capture = _capture, (device, calls)
@@ -238,7 +242,8 @@ def _transform() -> str | None:
 
 def _refusal_of(tensor: torch.Tensor) -> str | None:
     kind = tensor.device.type
-    if kind not in ("cpu", "cuda") or torch.version.hip:
+    captures_it = kind == "meta" and _capture is not None
+    if (kind not in ("cpu", "cuda") and not captures_it) or torch.version.hip:
         return f"{kind} tensor" + (" on ROCm" if torch.version.hip else "")
     if tensor.dtype not in _DTYPES:
         return f"no kernel for {tensor.dtype} on {kind}"
@@ -246,7 +251,12 @@ def _refusal_of(tensor: torch.Tensor) -> str | None:
         return "nested tensor" if tensor.is_nested else f"{tensor.layout} tensor"
     if type(tensor) not in _PLAIN:
         return f"tensor subclass {type(tensor).__name__}"
-    if kind == "cuda" and (capability := _capability(tensor.get_device())) < 80:
+    capability = None
+    if captures_it:
+        capability = device_of(tensor).capability
+    elif kind == "cuda":
+        capability = _capability(tensor.get_device())
+    if capability is not None and capability < 80:
         return f"no kernel below compute capability 8.0, and this is {capability / 10}"
     return None
 
@@ -301,15 +311,20 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
     """Register a launcher as the ``torch.library`` op ``gpunn::<schema>``.
 
     ``fake`` computes the outputs' shapes and dtypes for torch.compile; launchers allocate through
-    it too, so that the two cannot differ. The launcher itself stays in ``launchers``.
+    it too, so that the two cannot differ. While launches are captured the launcher itself takes
+    meta tensors: its launches are not made, so all that it does is allocate. It stays in
+    ``launchers``.
     """
     name = schema.partition("(")[0]
 
     def register(launcher: Callable[P, R]) -> Callable[P, R]:
+        def of_meta(*arguments: Any, **keywords: Any) -> Any:
+            return (fake if _capture is None else launcher)(*arguments, **keywords)
+
         library.define(schema)
         library.impl(name, launcher, "CPU")
         library.impl(name, launcher, "CUDA")
-        torch.library.register_fake(f"gpunn::{name}", fake, lib=library)
+        torch.library.register_fake(f"gpunn::{name}", of_meta, lib=library)
         launchers[name] = launcher
         return cast(Callable[P, R], getattr(torch.ops.gpunn, name).default)
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import gpunn.functional as GF
-from gpunn.kernels.launch import launchers
 from gpunn.kernels.pooling import format_of
 from gpunn.profiling.case import Case, Mode, Tensors, normal
 
@@ -67,26 +66,6 @@ class BatchNorm:
             "forward": forward, "backward": backward, "step": forward + bits + backward
         }[self.mode]  # fmt: skip
 
-    def launch(self) -> None:
-        """Call the launchers as ``gpunn.functional`` does."""
-        images: Any = {"memory_format": format_of(self.channels_last), "device": "meta"}
-        x, residual = (torch.empty(self.shape, dtype=torch.bfloat16, **images) for _ in range(2))
-        weight, bias = (torch.empty(self.shape[1], device="meta") for _ in range(2))
-        fused: Any = "relu", []
-        added = residual if self.residual else None
-        keep = self.residual and self.mode != "forward"
-        mean, invstd = torch.empty_like(weight), torch.empty_like(weight)
-        if self.mode != "backward":
-            launchers["batch_norm_forward"](
-                x, added, weight, bias, None, None, True, MOMENTUM, EPS, *fused, keep
-            )
-        if self.mode != "forward":
-            bits = torch.empty(1, dtype=torch.uint8, device="meta") if keep else None
-            launchers["batch_norm_backward"](
-                x, x, None, bits, weight, bias, mean, invstd, None, x.numel() // x.shape[1], True,
-                *fused, [True, self.residual, True, True],
-            )  # fmt: skip
-
     def case(self) -> Case:
         n, c, height, width = self.shape
         layout = "channels_last" if self.channels_last else "contiguous"
@@ -101,7 +80,6 @@ class BatchNorm:
             theirs=self.theirs,
             bytes=self.bytes(),
             flops=0,
-            launch=self.launch,
             small=replace(self, shape=(2, 16, min(height, 7), min(width, 7))).case,
             mode=self.mode,
             wanted=wanted if self.mode != "forward" else (),

@@ -34,14 +34,15 @@ class Case:
     name: str
     shapes: str
     make: Callable[[torch.device, torch.dtype, int], Tensors]
-    """(device, dtype, seed) to random inputs; the last is dy, if gradients are wanted."""
+    """(device, dtype, seed) to random inputs, or, on the meta device, to their shapes.
+
+    The last is dy, if gradients are wanted.
+    """
     ours: Function
     theirs: Function
     """PyTorch's way in eager mode; torch.compile is given the same function."""
     bytes: int
     flops: int
-    launch: Callable[[], object]
-    """Calls the launchers on meta tensors, for the static report."""
     small: Callable[[], Case]
     dtype: torch.dtype = torch.bfloat16
     tf32: bool = False
@@ -88,8 +89,11 @@ class Case:
 
     def launches(self, device: Device) -> list[Call]:
         """The launches that our kernels make for this case on ``device``; nothing is run."""
+        inputs = self.make(torch.device("meta"), self.dtype, 0)
         with self.settings(), backend("kernels"), captured(device) as calls:
-            self.launch()
+            call = self.prepared(self.ours, inputs)
+            calls.clear()  # a backward alone has had its forward done
+            call()
         return calls
 
 
@@ -118,7 +122,8 @@ def normal(*shapes: Sequence[int], scales: Sequence[float] = ()) -> Callable[...
     """A ``Case.make`` that draws tensors of these shapes from normal distributions."""
 
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Tensors:
-        generator = torch.Generator(device).manual_seed(seed)
+        is_meta = device.type == "meta"
+        generator = None if is_meta else torch.Generator(device).manual_seed(seed)
         factors = (*scales, *[1.0] * (len(shapes) - len(scales)))
         return tuple(
             torch.randn(*shape, generator=generator, device=device, dtype=dtype).mul_(factor)

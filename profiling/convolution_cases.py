@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import gpunn.functional as GF
-from gpunn.functional.activation import TORCH, resolve_activation
-from gpunn.kernels.launch import launchers
+from gpunn.functional.activation import TORCH
 from gpunn.profiling.case import Case, Mode, Tensors, normal
 
 
@@ -94,44 +93,6 @@ class Convolution:
         }[self.mode]
         return 2 * elements, n * flops
 
-    def launch(self) -> None:
-        """Call the launchers as ``gpunn.functional`` does."""
-        x, weight, bias, y = (
-            torch.empty(
-                shape,
-                dtype=torch.bfloat16,
-                device="meta",
-                memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format,
-            )
-            for shape in self.shapes()
-        )
-        geometry = [self.stride] * 2, [self.padding] * 4, [1, 1], self.groups
-        if self.mode != "backward":
-            fused = *resolve_activation(self.activation), self.mode == "step"
-            size = [list(y.shape[2:])] if self.transposed else []
-            forward = "conv_transpose_forward" if self.transposed else "conv_forward"
-            launchers[forward](x, weight, bias, None, *size, *geometry, *fused)
-        self.launch_gradients(x, weight, y, geometry)
-
-    def launch_gradients(
-        self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, geometry: tuple[object, ...]
-    ) -> None:
-        """The pass over dy where there is one, then the gradients that are wanted."""
-        bare = "identity", list[float](), False
-        if self.wanted and (self.activation or 2 in self.wanted):
-            rows, fused = y.permute(0, 2, 3, 1), resolve_activation(self.activation)
-            saved, needs_dz = (rows, True) if self.activation else (None, False)
-            launchers["linear_epilogue_backward"](
-                rows, saved, None, *fused, 0.0, y.dtype, needs_dz, 2 in self.wanted
-            )
-        if 1 in self.wanted:
-            pair = (x, y) if self.transposed else (y, x)
-            launchers["conv_weight_gradient"](*pair, list(weight.shape), *geometry)
-        if 0 in self.wanted:
-            size = [] if self.transposed else [list(x.shape[2:])]
-            adjoint = "conv_forward" if self.transposed else "conv_transpose_forward"
-            launchers[adjoint](y, weight, None, None, *size, *geometry, *bare)
-
     def case(self) -> Case:
         gradients = ", ".join(("dx", "dW", "db")[i] for i in self.wanted)
         suffix = {"forward": "", "backward": f": {gradients}", "step": ": forward and backward"}
@@ -149,7 +110,6 @@ class Convolution:
             theirs=self.theirs,
             bytes=n_bytes,
             flops=flops,
-            launch=self.launch,
             small=replace(
                 self,
                 n=1,

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import gpunn.functional as GF
-from gpunn.kernels.launch import launchers
 from gpunn.profiling.case import Case, Mode, Tensors, normal
-from gpunn.profiling.static_report import meta
 
 P = 0.1
 
@@ -47,19 +45,6 @@ class Dropout:
         is_read = self.kind == "dropout by a mask" and self.mode == "backward"
         return 4 * n + (n // 8 if is_read else 0)
 
-    def launch(self) -> None:
-        """Call the launchers as ``gpunn.functional`` does."""
-        x, source = meta(*self.shape), meta(1, dtype=torch.int64)
-        if self.channels_last:
-            x = torch.empty_like(x, memory_format=torch.channels_last)
-        if self.kind == "dropout by a mask":
-            if self.mode == "backward":
-                source = meta(x.numel() // 8, dtype=torch.uint8)
-            else:
-                source = launchers["dropout_mask"](source, x.numel(), P)
-        channel = 1 if self.kind == "dropout2d" else None
-        launchers["dropout_forward"](x, source, x.stride(), P, "dropout", channel)
-
     def case(self) -> Case:
         layout = ", channels_last" * self.channels_last
         return Case(
@@ -71,7 +56,6 @@ class Dropout:
             theirs=self.theirs,
             bytes=self.bytes(),
             flops=0,
-            launch=self.launch,
             small=replace(self, shape=tuple(min(size, 32) for size in self.shape)).case,
             mode=self.mode,
             wanted=(0,) if self.mode != "forward" else (),

@@ -9,9 +9,7 @@ import torch.nn.functional as F
 
 import gpunn.functional as GF
 from gpunn.functional.activation import TORCH
-from gpunn.kernels.launch import launchers
 from gpunn.profiling.case import Case, Mode, normal, reduced
-from gpunn.profiling.static_report import meta
 
 
 def _swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -27,13 +25,6 @@ def elementwise(name: str, shape: tuple[int, int], mode: Mode = "forward") -> Ca
     backward = mode == "backward"
     x_size, y_size = rows * cols, rows * y_shape[1]
 
-    def launch() -> None:
-        x, dy = meta(*shape), meta(*y_shape)
-        if gated:
-            launchers[f"glu_{mode}"](*[dy] * backward, x, 1, "silu", [])
-        else:
-            launchers[f"activation_{mode}"](*[dy] * backward, x, name, [])
-
     return Case(
         op="glu" if gated else "activation",
         name=f"{name}: dx" if backward else name,
@@ -43,7 +34,6 @@ def elementwise(name: str, shape: tuple[int, int], mode: Mode = "forward") -> Ca
         theirs=_swiglu if gated else TORCH[name],
         bytes=2 * (y_size + x_size * (1 + backward)),
         flops=0,
-        launch=launch,
         small=partial(elementwise, name, (reduced(rows), reduced(cols)), mode),
         mode=mode,
         wanted=(0,) if backward else (),

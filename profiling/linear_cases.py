@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import gpunn.functional as GF
-from gpunn.functional.activation import TORCH, resolve_activation
-from gpunn.kernels.launch import launchers
+from gpunn.functional.activation import TORCH
 from gpunn.kernels.linear import saves
 from gpunn.profiling.case import Case, Mode, Tensors, normal, reduced
-from gpunn.profiling.static_report import meta
 
 DROPOUT_P = 0.1
 
@@ -84,27 +81,6 @@ class Linear:
         }[self.mode]
         return elements * self.dtype.itemsize, n * flops
 
-    def launch(self) -> None:
-        """Call the launchers as ``gpunn.functional.linear`` does."""
-        tensor = partial(meta, dtype=self.dtype)
-        x, weight = tensor(self.rows, self.inner), tensor(self.cols, self.inner)
-        bias, y = tensor(self.cols) if self.bias else None, tensor(self.rows, self.cols)
-        residual, seed = (y, meta(1, dtype=torch.int64)) if self.dropout else (None, None)
-        name, parameters = resolve_activation(self.activation)
-        p, keep = DROPOUT_P * self.dropout, self.mode == "step"
-        if self.mode != "backward":
-            launchers["linear_forward"](x, weight, bias, residual, seed, name, parameters, p, keep)
-        saved = None if self.saves == "nothing" else y
-        changes, needs_dbias = saved is not None or seed is not None, 2 in self.wanted
-        if self.wanted and (changes or needs_dbias):
-            launchers["linear_epilogue_backward"](
-                y, saved, seed, name, parameters, p, self.dtype, changes, needs_dbias
-            )
-        if 0 in self.wanted:
-            launchers["linear_input_gradient"](y, weight)
-        if 1 in self.wanted:
-            launchers["linear_weight_gradient"](y, x)
-
     @property
     def name(self) -> str:
         gradients = ", ".join(("dx", "dW", "db")[i] for i in self.wanted)
@@ -128,7 +104,6 @@ class Linear:
             theirs=self.theirs,
             bytes=n_bytes,
             flops=flops,
-            launch=self.launch,
             small=replace(self, rows=rows, inner=inner, cols=cols).case,
             dtype=self.dtype,
             tf32=self.tf32,

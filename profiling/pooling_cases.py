@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import gpunn.functional as GF
-from gpunn.kernels.launch import launchers
 from gpunn.kernels.pooling import format_of
 from gpunn.profiling.case import Case, Function, Mode, Tensors, normal
 
@@ -66,32 +65,6 @@ class Pooling:
             "forward": one_way, "backward": one_way + kept, "step": 2 * (one_way + kept)
         }[self.mode]  # fmt: skip
 
-    def launch(self) -> None:
-        """Call the launchers as ``gpunn.functional`` does."""
-        x, y = (
-            torch.empty(
-                shape,
-                dtype=torch.bfloat16,
-                device="meta",
-                memory_format=format_of(self.channels_last),
-            )
-            for shape in (self.shape, self.output_shape)
-        )
-        size, output_size = list(self.shape), list(self.output_shape[2:])
-        window = [self.kernel] * 2 + [self.stride] * 2 + [self.padding] * 2 + [1] * 2
-        window = window if self.stride else []
-        if self.kind == "max_pool2d":
-            positions = torch.empty_like(y, dtype=torch.uint8)
-            if self.mode != "backward":
-                launchers["max_pool_forward"](x, output_size, window, self.mode == "step", False)
-            if self.mode != "forward":
-                launchers["max_pool_backward"](y, positions, size, window)
-            return
-        if self.mode != "backward":
-            launchers["avg_pool_forward"](x, output_size, window, True, 0)
-        if self.mode != "forward":
-            launchers["avg_pool_backward"](y, size, window, True, 0, self.channels_last)
-
     def case(self) -> Case:
         n, c, height, width = self.shape
         layout = "channels_last" if self.channels_last else "contiguous"
@@ -106,7 +79,6 @@ class Pooling:
             theirs=self.function(F),
             bytes=self.bytes(),
             flops=0,
-            launch=self.launch,
             small=replace(self, shape=(2, 16, min(height, 17), min(width, 17))).case,
             mode=self.mode,
             wanted=(0,) if self.mode != "forward" else (),

@@ -1,9 +1,9 @@
 """What a kernel costs, read from its machine code: no GPU needed.
 
-A launcher is called on meta tensors while its launches are captured (``launch.captured``); each
-captured launch is compiled for a chip, and registers, spills, shared memory and instructions are
-read (``machine_code.py``). This cannot say how fast a kernel is; it says that it builds, fits, does
-not spill, and uses the instructions it should.
+A function or a launcher is called on meta tensors while its launches are captured
+(``launch.captured``); each captured launch is compiled for a chip, and registers, spills, shared
+memory and instructions are read (``machine_code.py``). This cannot say how fast a kernel is; it
+says that it builds, fits, does not spill, and uses the instructions it should.
 """
 
 from __future__ import annotations

@@ -233,6 +233,27 @@ def test_captured_launches_are_not_made() -> None:
     }  # fmt: skip
 
 
+def test_functions_take_meta_tensors_while_their_launches_are_captured() -> None:
+    """Forward and backward, with the results' shapes and dtypes; at any other time refused."""
+    hopper = Device(capability=90, n_multiprocessors=132)
+    x = torch.empty(6, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with captured(hopper) as calls:
+        y = GF.swiglu(x)
+        y.backward(torch.empty_like(y))
+        assert refusal([x.int()]) == "no kernel for torch.int32 on meta"
+    assert [call.kernel.__name__ for call in calls] == ["glu_forward_kernel", "glu_backward_kernel"]
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (6, 32), torch.bfloat16)
+    assert x.grad is not None
+    with pytest.raises(RuntimeError, match="but: meta tensor"):
+        GF.swiglu(x)
+
+
+def test_no_kernel_is_captured_for_a_chip_that_is_too_old() -> None:
+    with captured(Device(capability=75, n_multiprocessors=40)):
+        reason = refusal([torch.empty(3, device="meta")])
+    assert reason == "no kernel below compute capability 8.0, and this is 7.5"
+
+
 def test_launches_are_made_again_after_capturing(device: str) -> None:
     chip = Device(80, 108)
     x = torch.randn(3, device=device)
