@@ -4,7 +4,8 @@ A sample is one pass over several sets of inputs, between two CUDA events, divid
 sets. The sets together exceed twice the L2 cache, and a pass keeps all its results until it ends,
 so that neither inputs nor outputs are found in the cache. Contenders take turns, so that a GPU that
 grows warm treats all alike. Before its time is taken each contender's result is compared with
-PyTorch's eager one, and an op is measured only after ``gpunn check`` holds it to be right.
+PyTorch's eager one, and an op is measured only after ``gpunn check`` holds it to be right, a
+network after all the ops in it.
 
 Outside a CUDA graph a short kernel is timed with the overhead of launching it, as a model has it.
 """
@@ -25,7 +26,7 @@ import torch._functorch.config
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.kernels.launch import backend
 from gpunn.profiling.case import Case, Function, Tensors, difference, tolerated_difference
-from gpunn.profiling.cases import CASES
+from gpunn.profiling.cases import CASES, CHECKED_AS
 from gpunn.profiling.results import CONTENDERS, TIME_RAN_OUT, Results, Roof, Row, Timing
 
 Call = Callable[[], Tensors]
@@ -286,10 +287,11 @@ def bench(
     started = time.perf_counter()
     results, waiting = Results(), []
     for op in ops:
-        if is_green(op):
+        red = [part for part in CHECKED_AS.get(op, (op,)) if not is_green(part)]
+        if not red:
             waiting += CASES[op]
         else:
-            reason = f"`gpunn check {op}` is not green, and a wrong kernel is not timed"
+            reason = f"`gpunn check {' '.join(red)}` is not green, and a wrong kernel is not timed"
             results.rows += [_unmeasured(case, reason) for case in CASES[op]]
     if not waiting:
         return results

@@ -1,4 +1,4 @@
-"""What is benchmarked: for every op, the sizes, ours, PyTorch's, and the least that must be done.
+"""What is benchmarked: the sizes, ours, PyTorch's, and the least that must be done.
 
 A ``Case`` counts the fewest bytes that must move (each input read once, each output written once)
 and the floating-point operations of the products in it, two a multiply-add; elementwise arithmetic
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -56,6 +56,8 @@ class Case:
     """Whether it is so short that it is also timed in a CUDA graph, without launch overhead."""
     dropped: Function | None = None
     """With random dropout: what a dropped element is, from the inputs."""
+    tolerance: float | None = None
+    """What results may differ by, where it is not what follows from the precision."""
 
     @property
     def precision(self) -> str:
@@ -64,13 +66,16 @@ class Case:
 
     @contextmanager
     def settings(self) -> Iterator[None]:
-        """Torch's setting for float32 products as the case wants it, for the block."""
-        previous = torch.get_float32_matmul_precision()
+        """Torch's settings for float32 products as the case wants them, for the block."""
+        convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        previous = torch.get_float32_matmul_precision(), convolution.fp32_precision
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        convolution.fp32_precision = "tf32" if self.tf32 else "ieee"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(previous)
+            torch.set_float32_matmul_precision(previous[0])
+            convolution.fp32_precision = previous[1]
 
     def prepared(self, function: Function, inputs: Tensors) -> Callable[[], Tensors]:
         """The call to be timed; a backward alone has its forward done here, and its graph kept."""
@@ -115,6 +120,8 @@ def difference(case: Case, inputs: Tensors, got: Tensors, expected: Tensors) -> 
 
 def tolerated_difference(case: Case) -> float:
     """Twice the rounding of operands or results, and more for what torch rounds on the way."""
+    if case.tolerance is not None:
+        return case.tolerance
     return {"bfloat16": 2e-2, "float16": 2e-3, "tf32": 5e-3, "float32": 1e-4}[case.precision]
 
 

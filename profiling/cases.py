@@ -8,6 +8,7 @@ from gpunn.profiling.convolution_cases import convolution_cases
 from gpunn.profiling.dropout_cases import dropout_cases
 from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
 from gpunn.profiling.linear_cases import linear_cases
+from gpunn.profiling.model_cases import model_cases
 from gpunn.profiling.pooling_cases import pooling_cases
 
 CASES: dict[str, list[Case]] = {
@@ -18,4 +19,10 @@ CASES: dict[str, list[Case]] = {
     "batch_norm": batch_norm_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
+    "models": model_cases(),
 }
+
+CHECKED_AS: dict[str, tuple[str, ...]] = {
+    "models": ("linear", "convolution", "batch_norm", "pooling", "activation"),
+}
+"""The ops whose checks must be green before a case is timed, where it is not its own."""

@@ -218,7 +218,8 @@ def _jobs(ops: Sequence[str], capabilities: Sequence[int]) -> dict[Job, StaticRo
                         launch = described_launch(call.launch)
                         row = StaticRow(op, call.kernel.__name__, launch, capability)
                         seen[identity] = jobs[Job(op, index, position, capability)] = row
-                    seen[identity].used_by.append(_label(case))
+                    if (label := _label(case)) not in seen[identity].used_by:
+                        seen[identity].used_by.append(label)
     return jobs
 
 
