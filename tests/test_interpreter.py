@@ -189,3 +189,47 @@ def test_a_sum_has_the_errors_of_partial_sums(axis: int, keep: bool) -> None:
     assert (y.double() - exact).abs().max() <= 4 * 2**-24 * exact.max()
     in_order = torch.from_numpy(np.cumsum(x.numpy(), axis)).select(axis, -1)
     assert (in_order.double() - exact).abs().max() > 8 * 2**-24 * exact.max()
+
+
+@triton.jit
+def doubled(x):
+    return x + x
+
+
+@triton.jit
+def doubling_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    """y = 8 x, by calls of a device function."""
+    lane = tl.arange(0, SIZE)
+    tl.store(y_ptr + lane, doubled(doubled(doubled(tl.load(x_ptr + lane)))))
+
+
+@in_the_interpreter
+def test_the_language_is_replaced_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And given back after it."""
+    from triton.runtime import interpreter
+
+    replace, calls = interpreter._patch_lang, []
+
+    def counted(function: object) -> object:
+        calls.append(function)
+        return replace(function)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", counted)
+    x, y = torch.arange(8.0), torch.empty(8)
+    run("test", doubling_kernel, (3,), x, y, launch=Launch(), SIZE=8)
+    assert torch.equal(y, 8 * x)
+    assert len(calls) == 1
+    assert tl.core.is_builtin(tl.load)
+
+
+@in_the_interpreter
+def test_remembered_types_are_told_apart() -> None:
+    shapes = ([4, 8], [8, 4], [32], [tl.constexpr(4), 8])
+    types = [tl.block_type(dtype, shape) for dtype in (tl.float32, tl.int32) for shape in shapes]
+    assert [list(t.shape) for t in types[:4]] == [[4, 8], [8, 4], [32], [4, 8]]
+    assert types[0] == types[3] != types[4]
+    assert types[0].numel == 32
+    assert len({str(t) for t in types}) == 6
+    pointer = tl.block_type(tl.pointer_type(tl.float32), [4, 8])
+    assert pointer.element_ty.is_ptr()
+    assert not types[0].element_ty.is_ptr()
