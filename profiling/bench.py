@@ -1,5 +1,7 @@
 """How fast the kernels are, measured on a GPU beside PyTorch eager, torch.compile and cuBLAS.
 
+A case may name further rivals, such as each backend of torch's attention.
+
 A sample is one pass over several sets of inputs, between two CUDA events, divided by the number of
 sets. The sets together exceed twice the L2 cache, and a pass keeps all its results until it ends,
 so that neither inputs nor outputs are found in the cache. Contenders take turns, so that a GPU that
@@ -148,6 +150,8 @@ def _median_seconds(call: Call) -> float:
 
 def function_of(case: Case, contender: str) -> Function | None:
     """What a contender computes the case with; None where it does not take part."""
+    if contender in case.rivals:
+        return case.rivals[contender]
     if contender in ("kernels", "auto"):
         return case.ours
     if contender == "eager":
@@ -182,7 +186,7 @@ class Match:
         self.calls: dict[str, list[Call]] = {}
         self.errors: dict[str, str] = {}
         self.expected = case.prepared(case.theirs, sets[0])()
-        for contender in CONTENDERS:
+        for contender in (*CONTENDERS, *case.rivals):
             self._attempt(contender, partial(self._prepare, contender))
 
     def _attempt(self, contender: str, action: Callable[[], None]) -> None:

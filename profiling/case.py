@@ -12,9 +12,9 @@ To add an op: a file like ``linear_cases.py`` with a function that makes its cas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -52,6 +52,8 @@ class Case:
     """The inputs whose gradients are wanted."""
     library: Callable[..., torch.Tensor] | None = None
     """A bare product as torch.mm (cuBLAS), from all inputs, where the case is one."""
+    rivals: Mapping[str, Function] = field(default_factory=dict)
+    """Further ways of PyTorch's, by their name in the table; each of the same inputs."""
     launch_bound: bool = False
     """Whether it is so short that it is also timed in a CUDA graph, without launch overhead."""
     dropped: Function | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpunn.profiling.attention_cases import attention_cases
 from gpunn.profiling.batch_norm_cases import batch_norm_cases
 from gpunn.profiling.case import Case
 from gpunn.profiling.convolution_cases import convolution_cases
@@ -17,6 +18,7 @@ CASES: dict[str, list[Case]] = {
     "glu": glu_cases(),
     "convolution": convolution_cases(),
     "batch_norm": batch_norm_cases(),
+    "attention": attention_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
     "models": model_cases(),

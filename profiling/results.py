@@ -90,6 +90,8 @@ class Row:
     flops: int
     in_graph: bool = False
     """Whether a CUDA graph was replayed, so that launch overhead is not in the times."""
+    rivals: tuple[str, ...] = ()
+    """Contenders that this case has besides those that all have."""
     roof: float = math.nan
     """Microseconds."""
     times: dict[str, Timing] = field(default_factory=dict)
@@ -101,7 +103,7 @@ class Row:
         """An empty row for a case."""
         name = case.name + " (CUDA graph)" * in_graph
         sizes = case.precision, case.bytes, case.flops
-        return cls(case.op, name, case.shapes, *sizes, in_graph, **known)
+        return cls(case.op, name, case.shapes, *sizes, in_graph, tuple(case.rivals), **known)
 
     def share_of_roof(self, contender: str = "kernels") -> float | None:
         """1 where the contender is as fast as the device allows."""
@@ -132,7 +134,7 @@ class Row:
             "ratios": {
                 f"{ours} to {peer}": ratio
                 for ours in OURS
-                for peer in PEERS
+                for peer in (*PEERS, *self.rivals)
                 if (ratio := self.ratio(ours, peer)) is not None
             },
         }
@@ -173,7 +175,8 @@ SPEED_HEADER = (
     *("%roof", "TF/s", "GB/s", "k/eager", "k/comp", "k/cuBLAS", "a/eager", "a/comp"),
 )
 SPEED_NOTE = (
-    "roof to cuBLAS: µs, medians; kernels and auto: gpunn's backends; eager and compile: PyTorch.\n"
+    "roof to cuBLAS: µs, medians; kernels and auto: gpunn's backends; eager and compile: PyTorch;\n"
+    "further rivals: other ways of PyTorch's to compute the case, by name.\n"
     "±%: half of p20 to p80, the widest of a row. %roof, TF/s, GB/s: of kernels.\n"
     "k/…, a/…: how many times as fast kernels and auto are; above 1 we win, below 1 we lose."
 )
@@ -185,6 +188,9 @@ def speed_table(rows: Sequence[Row]) -> str:
     for op in dict.fromkeys(row.op for row in rows):
         lines = [_speed_cells(row) for row in rows if row.op == op]
         blocks.append(f"{op}\n{table(SPEED_HEADER, lines)}")
+        with_rivals = [row for row in rows if row.op == op and row.rivals]
+        if with_rivals:
+            blocks.append(f"{op}, further rivals\n{_rivals_table(with_rivals)}")
     errors = [
         f"  {row.op}, {row.case}, {row.shapes}, {row.precision}: {who}: {what}"
         for row in rows
@@ -211,6 +217,21 @@ def _speed_cells(row: Row) -> list[str]:
         number(traffic / 1e9, "{:.0f}"),
         *(number(row.ratio(ours, peer)) for ours, peer in ratios),
     ]
+
+
+def _rivals_table(rows: Sequence[Row]) -> str:
+    """The kernels beside the rivals that only some cases have: times, then ratios."""
+    rivals = list(dict.fromkeys(rival for row in rows for rival in row.rivals))
+    header = ["case", "shapes", "type", "kernels", *rivals, *(f"k/{rival}" for rival in rivals)]
+    lines = []
+    for row in rows:
+        medians = {contender: timing.median for contender, timing in row.times.items()}
+        lines.append([
+            *(row.case, row.shapes, SHORT.get(row.precision, row.precision)),
+            *(number(medians.get(contender), "{:.1f}") for contender in ("kernels", *rivals)),
+            *(number(row.ratio("kernels", rival)) for rival in rivals),
+        ])  # fmt: skip
+    return table(header, lines)
 
 
 def _output_of(*command: str) -> str | None:

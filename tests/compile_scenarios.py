@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from attention_scenarios import attention_scenarios
 from batch_norm_scenarios import batch_norm_scenarios
 from convolution_scenarios import convolution_scenarios
 from cuda_scenarios import cuda_scenarios
@@ -165,6 +166,7 @@ SCENARIOS = {
     **_linear_scenarios(),
     **_elementwise_scenarios(),
     **convolution_scenarios(),
+    **attention_scenarios(),
     **batch_norm_scenarios(),
     **cuda_scenarios(),
 }

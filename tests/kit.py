@@ -21,6 +21,13 @@ from gpunn.kernels.launch import LaunchRecord
 OPS = sorted(
     {path.stem for path in Path(gpunn.functional.__file__).parent.glob("*.py")}
     - {"__init__", "dispatch", "convolution_arguments", "differentiable_pooling", "window"}
+    - {
+        "attention_arguments",
+        "attention_function",
+        "attention_varlen",
+        "attention_decode",
+        "attention_weights",
+    }
     - {"sync_batch_norm"}  # whose kernels and reference are batch_norm's
 )
 # What gpunn.nn re-exports from torch.nn.

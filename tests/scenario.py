@@ -21,6 +21,8 @@ class Scenario:
     """Narrower accesses that there may be: of a seed, or of the few elements at the end."""
     most_instructions: int | None = None
     """Of the whole kernel; for one without loops, what a thread executes at most."""
+    without_products: tuple[str, ...] = ()
+    """Kernels among them that have nothing to do for tensor cores."""
 
     @property
     def reads_code(self) -> bool:
@@ -44,9 +46,10 @@ class Scenario:
         found, most = report.instructions or 0, self.most_instructions
         on_hopper = report.capability == 90
         cores = report.wgmma if on_hopper else report.mma
+        multiplies = self.tensor_cores and report.kernel not in self.without_products
         narrow = report.narrow_accesses or 0
         return {
-            "no tensor cores": self.tensor_cores and not cores,
+            "no tensor cores": multiplies and not cores,
             "MMA beside WGMMA": self.tensor_cores and on_hopper and bool(report.mma),
             "no 128-bit access": self.wide_only and not report.wide_accesses,
             "narrow accesses": self.wide_only and narrow > self.narrow_allowed,

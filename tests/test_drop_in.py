@@ -64,13 +64,8 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "SyncBatchNorm": [(3, 1e-3, 0.3)],
 }
 # Layers that have no defaults for all arguments, or are random with them.
-WITHOUT_DEFAULTS = {
-    "Linear",
-    *(
-        name
-        for name in NAMESAKES
-        if any(part in name for part in ("Conv", "Dropout", "Norm", "ool"))
-    ),
+WITHOUT_DEFAULTS = {"Linear"} | {
+    name for name in NAMESAKES if any(part in name for part in ("Conv", "Dropout", "Norm", "ool"))
 }
 # Shapes of the inputs of layers that do not take every shape.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -130,21 +125,23 @@ AVG_POOL: dict[str, Any] = {
     "kernel_size": inspect.Parameter.empty, "stride": None, "padding": 0, "ceil_mode": False,
     "count_include_pad": True,
 }  # fmt: skip
+ATTENTION = {
+    "key": inspect.Parameter.empty, "value": inspect.Parameter.empty, "attn_mask": None,
+    "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False,
+}  # fmt: skip
 # Functions of torch's that are builtins and have no signature to read: what follows the first
 # argument, from torch's documentation.
 BUILTINS: dict[str, dict[str, Any]] = {
     "adaptive_avg_pool1d": {"output_size": inspect.Parameter.empty},
     "avg_pool1d": AVG_POOL,
     "avg_pool2d": {**AVG_POOL, "divisor_override": None},
-    "conv1d": CONVOLUTION,
-    "conv2d": CONVOLUTION,
-    "conv3d": CONVOLUTION,
-    "conv_transpose1d": TRANSPOSED,
-    "conv_transpose2d": TRANSPOSED,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), CONVOLUTION),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d"), TRANSPOSED),
     "gelu": {"approximate": "none"},
     "hardshrink": {"lambd": 0.5},
     "linear": {"weight": inspect.Parameter.empty, "bias": None},
     "logsigmoid": {},
+    "scaled_dot_product_attention": ATTENTION,
     "sigmoid": {},
     "softplus": {"beta": 1, "threshold": 20},
     "softshrink": {"lambd": 0.5},

@@ -53,6 +53,35 @@ def batch_norm_arguments(device: str) -> dict[str, tuple[object, ...]]:
     }  # fmt: skip
 
 
+def attention_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """With all that changes scores, in 16 bits; and packed sequences, whose results are filled."""
+    query, key = torch.randn(2, 4, 9, 8, device=device), torch.randn(2, 2, 7, 8, device=device)
+    query, key = query.half(), key.half()
+    mask, slopes = torch.randn(2, 1, 1, 7, device=device), torch.rand(1, 4, device=device)
+    seed, starts = torch.randint(2**62, (1,), device=device), torch.tensor([0, 4, 7], device=device)
+    whole = query, key, key, mask.half(), slopes, seed, None, None, 9, 7, 0.3, 2.0, 0.1, 5, 3, True
+    y, maxima = torch.randn_like(query), torch.zeros(2, 4, 9, device=device)
+    packed = key[:1], key[:1], key[:1], None, None, None, starts, starts, 4, 4
+    needs, heads = [True, False, True, True], torch.tensor([3, 1], device=device)
+    cache, lengths = torch.randn(2, 2, 20, 8, device=device).half(), torch.tensor([20, 3])
+    return {
+        "attention_forward": (True, *packed, 0.3, 0.0, 0.0, -1, 0, False),
+        "attention_backward": (y, y, y, maxima, maxima.exp(), needs, *whole),
+        "attention_weights": (heads, maxima, maxima.exp(), *whole),
+        "attention_decode": (
+            query[:, :, 0],
+            cache,
+            cache,
+            lengths.to(device),
+            None,
+            slopes,
+            0.3,
+            0.0,
+            4,
+        ),
+    }
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Arguments for every registered op, of which none requires a gradient."""
     x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
@@ -60,7 +89,7 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     seed = torch.randint(2**62, (1,), device=device)
     wide = torch.randn(4, 6, device=device)
     images = convolution_arguments(device) | pooling_arguments(device)
-    images |= batch_norm_arguments(device)
+    images |= batch_norm_arguments(device) | attention_arguments(device)
     return images | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),

@@ -305,6 +305,25 @@ def test_a_case_that_raises_has_a_row_and_the_others_go_on(measured: Any) -> Non
     assert "linear, ours raises" in text.partition("not measured:")[2]
 
 
+def test_rivals_are_compared_and_timed_as_the_others_are(measured: Any) -> None:
+    good = ALL[0].small()
+
+    def broken(*inputs: torch.Tensor) -> torch.Tensor:
+        raise ValueError("not built")
+
+    def other(*inputs: torch.Tensor) -> torch.Tensor:
+        return good.theirs(*inputs) * 1.5
+
+    rivals = {"raises": broken, "differs": other, "same": good.theirs}
+    row, plain = measured({"linear": [replace(good, rivals=rivals), good]}, 60)
+    assert list(row.times) == [*plain.times, "same"]
+    assert row.errors["raises"] == "ValueError: not built"
+    assert "differs from PyTorch's result by 5.0e-01" in row.errors["differs"]
+    assert row.errors.keys() == {"raises", "differs"}
+    assert not command._failed(row)
+    assert (row.rivals, plain.rivals) == (("raises", "differs", "same"), ())
+
+
 def test_networks_wait_for_the_checks_of_all_their_ops(
     measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +354,24 @@ def test_what_time_ran_out_for_has_a_row(measured: Any) -> None:
     rows = measured({"linear": [case, case]}, -1)
     assert [row.errors for row in rows] == [{"case": "time ran out"}] * 2
     assert not any(command._failed(row) for row in rows)
+
+
+def test_rivals_have_a_table_and_ratios_of_their_own() -> None:
+    row, plain = row_of(kernels=100.0, eager=120.0, flash=50.0), row_of(kernels=90.0)
+    row.rivals, row.errors = ("flash", "flex"), {"flex": "RuntimeError: not built"}
+    text = results.speed_table([row, plain])
+    first, second, errors, _ = text.split("\n\n")
+    title, header, _, line = second.splitlines()
+    assert "flash" not in first
+    assert title == "linear, further rivals"
+    names = ["kernels", "flash", "flex", "k/flash", "k/flex"]
+    assert header.split() == ["case", "shapes", "type", *names]
+    assert line.split() == ["gelu", "M=1", "bf16", "100.0", "50.0", "-", "0.50", "-"]
+    assert "gelu, M=1, bfloat16: flex: RuntimeError: not built" in errors
+    assert "further rivals" not in results.speed_table([plain]).partition("roof to")[0]
+    ratios = row.as_dict()["ratios"]
+    assert ratios == {"kernels to eager": 1.2, "kernels to flash": 0.5}
+    assert json.loads(json.dumps(row.as_dict()))["rivals"] == ["flash", "flex"]
 
 
 def test_the_json_holds_everything(tmp_path: Path) -> None:

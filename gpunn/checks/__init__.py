@@ -4,11 +4,21 @@ To add an op: a file of its name here, whose ``CHECKS`` need ``compare`` and the
 hardly more, and an entry below.
 """
 
-from gpunn.checks import activation, batch_norm, convolution, dropout, glu, linear, pooling
+from gpunn.checks import (
+    activation,
+    attention,
+    batch_norm,
+    convolution,
+    dropout,
+    glu,
+    linear,
+    pooling,
+)
 from gpunn.checks.comparison import Check
 
 CHECKS: dict[str, list[Check]] = {
     "activation": activation.CHECKS,
+    "attention": attention.CHECKS,
     "batch_norm": batch_norm.CHECKS,
     "convolution": convolution.CHECKS,
     "dropout": dropout.CHECKS,

@@ -22,6 +22,10 @@ from gpunn.functional.activation import (
     tanh,
     tanhshrink,
 )
+from gpunn.functional.attention import scaled_dot_product_attention
+from gpunn.functional.attention_decode import attention_decode
+from gpunn.functional.attention_varlen import attention_varlen
+from gpunn.functional.attention_weights import attention_weights
 from gpunn.functional.batch_norm import batch_norm
 from gpunn.functional.convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d
 from gpunn.functional.dropout import (
@@ -55,6 +59,9 @@ __all__ = [
     "adaptive_max_pool1d",
     "adaptive_max_pool2d",
     "alpha_dropout",
+    "attention_decode",
+    "attention_varlen",
+    "attention_weights",
     "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
@@ -89,6 +96,7 @@ __all__ = [
     "reglu",
     "relu",
     "relu6",
+    "scaled_dot_product_attention",
     "selu",
     "sigmoid",
     "silu",

@@ -38,6 +38,7 @@ from gpunn.nn.activation import (
     Tanh,
     Tanhshrink,
 )
+from gpunn.nn.attention import ScaledDotProductAttention
 from gpunn.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from gpunn.nn.convolution import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from gpunn.nn.dropout import (
@@ -112,6 +113,7 @@ __all__ = [
     "ReGLU",
     "ReLU",
     "ReLU6",
+    "ScaledDotProductAttention",
     "Sequential",
     "SiLU",
     "Sigmoid",

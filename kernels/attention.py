@@ -1,0 +1,353 @@
+"""Launchers of attention: y = dropout(softmax(cap(scale q kᵀ) + bias)) v, and its gradients.
+
+q is (batch, heads, queries, E), k (batch, key heads, keys, E), v (batch, key heads, keys, Ev), with
+any strides; where sequences are packed, batch is 1 and ``starts`` says where each begins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from gpunn.kernels.attention_tiles import DELTA_LAUNCH, AttentionLaunch, Kind, Shape, launch_for
+from gpunn.kernels.flash import attention_forward_kernel
+from gpunn.kernels.flash_backward import (
+    attention_delta_kernel,
+    attention_key_gradients_kernel,
+    attention_mask_gradient_kernel,
+    attention_query_gradient_kernel,
+)
+from gpunn.kernels.launch import cdiv, device_of, operator, run
+from gpunn.kernels.philox import dropout_arguments
+from gpunn.kernels.product import precision_of
+
+UNIT = math.log2(math.e)
+"""By which scores are multiplied, so that exp is one exp2: see ``flash.py``."""
+NAME, NAME_BACKWARD = "attention_forward", "attention_backward"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every kernel of attention is told. ``before`` and ``after`` are -1 where unbounded."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    slopes: torch.Tensor | None
+    seed: torch.Tensor | None
+    starts_q: torch.Tensor | None
+    starts_k: torch.Tensor | None
+    n_queries: int
+    n_keys: int
+    scale: float
+    softcap: float
+    dropout_p: float
+    before: int
+    after: int
+    lower_right: bool
+
+    @property
+    def n_batches(self) -> int:
+        """Sequences."""
+        return self.q.shape[0] if self.starts_q is None else self.starts_q.shape[0] - 1
+
+    @property
+    def n_heads(self) -> int:
+        """Of the queries."""
+        return self.q.shape[1]
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether the scores are in units of 1 and not of log2(e): see ``flash.py``."""
+        return self.mask is not None and self.mask.dtype != torch.uint8
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the backward pass keeps maximum and sum of a row apart."""
+        return self.is_natural or self.q.dtype.itemsize > 2
+
+    def inputs(self) -> tuple[torch.Tensor | None, ...]:
+        """The pointers that come first."""
+        return (
+            self.q, self.k, self.v, self.mask, self.slopes, self.seed, self.starts_q, self.starts_k
+        )  # fmt: skip
+
+    def sizes(self) -> tuple[int, ...]:
+        """Heads, query heads a key head, queries, keys, and the bounds of the window."""
+        group = self.n_heads // self.k.shape[1]
+        return self.n_heads, group, self.n_queries, self.n_keys, self.before, self.after
+
+    def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
+        """Of q, k, v and ``tensors``; then of the mask, 0 where it is repeated, and the slopes.
+
+        Packed sequences are told apart by where they start, and not by a stride.
+        """
+        found: list[int] = []
+        for tensor in (self.q, self.k, self.v, *tensors):
+            batch, *others = tensor.stride()
+            found += [batch if self.starts_q is None else 0, *others]
+        mask = (0,) * 4 if self.mask is None else repeated_strides(self.mask)
+        slopes = (0,) * 2 if self.slopes is None else repeated_strides(self.slopes)
+        return *found, *mask, *slopes
+
+    def stat_strides(self) -> tuple[int, int]:
+        """Of batches and heads in the statistics of the rows."""
+        n_rows = self.q.shape[2]
+        return (self.n_heads * n_rows if self.starts_q is None else 0), n_rows
+
+    def scalars(self) -> tuple[float, ...]:
+        """The scale and the softcap, as ``scores`` takes them, and the dropout's."""
+        unit = 1.0 if self.is_natural else UNIT
+        scale = self.scale / self.softcap if self.softcap else self.scale * unit
+        return scale, self.softcap * unit, *dropout_arguments(self.dropout_p or 1.0)
+
+    def constants(self) -> dict[str, Any]:
+        """The constexpr arguments that the kernels have in common."""
+        head, head_v = self.q.shape[-1], self.v.shape[-1]
+        return dict(
+            LOWER_RIGHT=self.lower_right, HAS_SOFTCAP=self.softcap != 0, BEFORE=self.before >= 0,
+            AFTER=self.after >= 0, QUADS=self.n_keys % 4 == 0,
+            PRECISION=precision_of(self.q.dtype), HEAD=head, HEAD_V=head_v,
+            BLOCK_HEAD=block_of(head), BLOCK_HEAD_V=block_of(head_v),
+        )  # fmt: skip
+
+    def launch(self, kind: Kind) -> AttentionLaunch:
+        """The configuration of one of the kernels."""
+        widest, dtype = max(self.q.shape[-1], self.v.shape[-1]), self.q.dtype
+        is_heavy = self.mask is not None or self.seed is not None
+        shape = Shape(kind, widest, dtype, precision_of(dtype), is_heavy)
+        return launch_for(shape, device_of(self.q))
+
+    def is_uneven(self, launch: AttentionLaunch) -> bool:
+        """Whether a tile may reach past the last key."""
+        return self.starts_k is not None or self.n_keys % launch.block_keys != 0
+
+
+def block_of(head: int) -> int:
+    """The width of a tile for heads of this size: a power of two that a product of tiles takes."""
+    return max(16, 1 << (head - 1).bit_length())
+
+
+def repeated_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides, 0 along what has one element and is repeated."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(0 if size == 1 else stride for size, stride in pairs)
+
+
+def in_order_of(tensor: torch.Tensor, n_cols: int, zeros: bool) -> torch.Tensor:
+    """A new (batch, heads, rows, n_cols), its dimensions in memory in the order of tensor's.
+
+    Filled with zeros, or not at all.
+    """
+    strides = tensor.stride()
+    order = sorted(range(3), key=lambda d: (-strides[d], d))
+    shape = (*tensor.shape[:-1], n_cols)
+    laid_out = tensor.new_empty([shape[d] for d in (*order, 3)])
+    laid_out = laid_out.zero_() if zeros else laid_out
+    return laid_out.permute(*(order.index(d) for d in range(3)), 3)
+
+
+def _forward_fake(
+    keep: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    starts_q: torch.Tensor | None,
+    starts_k: torch.Tensor | None,
+    n_queries: int,
+    n_keys: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    before: int,
+    after: int,
+    lower_right: bool,
+) -> tuple[torch.Tensor, ...]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    maxima, sums = (q.new_empty(q.shape[:-1], dtype=wide) for _ in range(2))
+    y = in_order_of(q, v.shape[-1], starts_q is not None)
+    rest = torch.empty_like(y) if keep and q.dtype.itemsize == 2 else y.new_empty((0,))
+    return y, rest, maxima, sums
+
+
+ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? seed, Tensor? starts_q, "
+    "Tensor? starts_k, SymInt n_queries, SymInt n_keys, float scale, float softcap, "
+    "float dropout_p, int before, int after, bool lower_right"
+)
+
+
+@operator(
+    f"attention_forward(bool keep, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+)
+def attention_forward(keep: bool, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    """y, its rest, and of each row the maximum of its scores and the sum of exp(score - maximum).
+
+    The arguments are the fields of ``Problem``. y has its dimensions in the order of q's. To
+    ``keep`` what the backward pass needs, rest is what y lost when it was rounded to 16 bits; else
+    it is empty.
+    """
+    problem = Problem(*arguments)
+    y, rest, maxima, sums = _forward_fake(keep, *arguments)
+    launch = problem.launch("forward")
+    n_blocks = cdiv(problem.n_queries, launch.block_queries)
+    if y.numel() == 0 and maxima.numel() == 0:
+        return y, rest, maxima, sums
+    run(
+        NAME, attention_forward_kernel, (n_blocks * problem.n_batches * problem.n_heads,),
+        *problem.inputs(), y, rest if rest.numel() else None, maxima, sums,
+        *problem.sizes(),
+        *problem.strides(y), *problem.stat_strides(), *problem.scalars(),
+        launch=launch, NATURAL=problem.is_natural, UNEVEN=problem.is_uneven(launch),
+        **problem.constants(),
+    )  # fmt: skip
+    return y, rest, maxima, sums
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    rest: torch.Tensor,
+    maxima: torch.Tensor,
+    sums: torch.Tensor,
+    needs: Sequence[bool],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    starts_q: torch.Tensor | None,
+    *others: Any,
+) -> tuple[torch.Tensor, ...]:
+    packed = starts_q is not None  # then no sequence may own a row
+    pair = needs[1] or needs[2]
+    gradients = [
+        in_order_of(tensor, tensor.shape[-1], packed) if needed else tensor.new_empty((0,))
+        for tensor, needed in ((q, needs[0]), (k, pair), (v, pair))
+    ]
+    dmask = q.new_empty((0,)) if mask is None or not needs[3] else mask.new_empty(mask.shape)
+    return *gradients, dmask
+
+
+@operator(
+    "attention_backward(Tensor dy, Tensor y, Tensor rest, Tensor maxima, Tensor sums, "
+    "bool[] needs, "
+    f"{ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+)
+def attention_backward(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    rest: torch.Tensor,
+    maxima: torch.Tensor,
+    sums: torch.Tensor,
+    needs: Sequence[bool],
+    *arguments: Any,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv and dmask; each is empty where it is not in ``needs``.
+
+    dk and dv come from one kernel: where one of them is needed, both are computed.
+    """
+    problem = Problem(*arguments)
+    gradients = _backward_fake(dy, y, rest, maxima, sums, needs, *arguments)
+    dq, dk, dv, dmask = gradients
+    rows = dy, maxima, sums, _delta(dy, y, rest, maxima, problem)
+    if dq.numel():
+        _query_gradient(problem, rows, dq)
+    if dk.numel() or dv.numel():
+        _key_gradients(problem, rows, dk, dv)
+    if dmask.numel():
+        _mask_gradient(problem, rows, dmask)
+    return gradients
+
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""dy, and of each row the maximum, the sum and delta."""
+
+
+def _delta(
+    dy: torch.Tensor, y: torch.Tensor, rest: torch.Tensor, maxima: torch.Tensor, problem: Problem
+) -> torch.Tensor:
+    """Σ dy (y + rest) of each row."""
+    delta, launch = torch.empty_like(maxima), DELTA_LAUNCH
+    if delta.numel() == 0:
+        return delta
+    n_rows, head_v = y.shape[2:]
+    run(
+        NAME_BACKWARD, attention_delta_kernel,
+        (cdiv(n_rows, launch.block_queries) * y.shape[0] * y.shape[1],),
+        dy, y, rest if rest.numel() else None, delta, problem.n_heads, n_rows,
+        *dy.stride(), *y.stride(),
+        launch=launch, HEAD_V=head_v, BLOCK_HEAD_V=block_of(head_v),
+    )  # fmt: skip
+    return delta
+
+
+def _query_gradient(problem: Problem, rows: Rows, dq: torch.Tensor) -> None:
+    launch = problem.launch("query_gradient")
+    n_blocks = cdiv(problem.n_queries, launch.block_queries)
+    run(
+        NAME_BACKWARD, attention_query_gradient_kernel,
+        (n_blocks * problem.n_batches * problem.n_heads,),
+        *problem.inputs(), *rows, dq, *problem.sizes(), *problem.strides(rows[0], dq),
+        *problem.stat_strides(), *problem.scalars(), problem.scale,
+        launch=launch, NATURAL=problem.is_natural, EXACT=problem.is_exact,
+        UNEVEN=problem.is_uneven(launch), **problem.constants(),
+    )  # fmt: skip
+
+
+def _key_gradients(problem: Problem, rows: Rows, dk: torch.Tensor, dv: torch.Tensor) -> None:
+    launch = problem.launch("key_gradients")
+    n_blocks = cdiv(problem.n_keys, launch.block_keys)
+    run(
+        NAME_BACKWARD, attention_key_gradients_kernel,
+        (n_blocks * problem.n_batches * problem.k.shape[1],),
+        *problem.inputs(), *rows, dk, dv, *problem.sizes(), *problem.strides(rows[0], dk, dv),
+        *problem.stat_strides(), *problem.scalars(), problem.scale,
+        launch=launch, NATURAL=problem.is_natural, EXACT=problem.is_exact, **problem.constants(),
+    )  # fmt: skip
+
+
+def _mask_gradient(problem: Problem, rows: Rows, dmask: torch.Tensor) -> None:
+    launch, n_batches = problem.launch("mask_gradient"), problem.n_batches
+    full = problem.n_batches, problem.n_heads, problem.n_queries, problem.n_keys
+    has = [size > 1 or extent == 1 for size, extent in zip(dmask.shape, full, strict=True)]
+    blocks = 1, 1, launch.block_queries, launch.block_keys
+    tiles = [cdiv(size, block) for size, block in zip(dmask.shape, blocks, strict=True)]
+    given = [tensor for i, tensor in enumerate(problem.inputs()) if i < 6]
+    run(
+        NAME_BACKWARD, attention_mask_gradient_kernel, (math.prod(tiles),),
+        *given, *rows, dmask, n_batches, *problem.sizes(), *problem.strides(rows[0]),
+        *problem.scalars(), launch=launch,
+        MASK_BATCHES=has[0], MASK_HEADS=has[1], MASK_ROWS=has[2], MASK_COLS=has[3],
+        **problem.constants(),
+    )  # fmt: skip
+
+
+def _flops(n_products: int, q: Any, k: Any, v: Any) -> int:
+    """Of products over all pairs, as torch counts its own attention; arguments are shapes."""
+    return int(n_products * math.prod(q[:3]) * k[2] * (q[3] + v[3]))
+
+
+@register_flop_formula(torch.ops.gpunn.attention_forward)
+def _forward_flops(keep: Any, q: Any, k: Any, v: Any, *others: Any, **keywords: Any) -> int:
+    return _flops(2, q, k, v)
+
+
+@register_flop_formula(torch.ops.gpunn.attention_backward)
+def _backward_flops(
+    dy: Any, y: Any, rest: Any, maxima: Any, sums: Any, needs: Any, q: Any, k: Any, v: Any,
+    *others: Any, **keywords: Any,
+) -> int:  # fmt: skip
+    return _flops(5, q, k, v)

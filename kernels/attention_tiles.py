@@ -1,0 +1,146 @@
+"""Which tiles the kernels of attention are launched with: one place for every architecture.
+
+A faster kernel for one architecture is put beside the general one where its launcher asks
+``launch_for``: the kernel and the configuration that ran are in the trace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from gpunn.kernels.launch import Device, Launch
+
+Kind = Literal["forward", "key_gradients", "query_gradient", "mask_gradient", "weights"]
+
+
+@dataclass(frozen=True)
+class AttentionLaunch(Launch):
+    """Tile sizes: queries by keys."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+    block_queries: int = 64
+    block_keys: int = 64
+
+
+@dataclass(frozen=True)
+class RowsLaunch(Launch):
+    """Rows a program."""
+
+    block_queries: int = 64
+
+
+Tile = AttentionLaunch
+DELTA_LAUNCH = RowsLaunch()
+SMALLEST = Tile(8, 1, 16, 16)
+
+# By arithmetic, the widest head that is meant, and kernel: for calls without and with a mask or a
+# dropout, which take registers. For each the first of a list of candidates, from large to small,
+# that compiles with every option at once, without spills, with WGMMA not serialised, and with
+# tensor cores; none was measured. In float32, heads over 128 spill with a mask or a dropout.
+Pairs = dict[tuple[str, int, str], tuple[AttentionLaunch, AttentionLaunch]]
+HOPPER: Pairs = {
+    ("16 bits", 64, "forward"): (Tile(4, 3, 128, 64), Tile(8, 2, 128, 64)),
+    ("16 bits", 64, "key_gradients"): (Tile(8, 2, 64, 128), Tile(4, 2, 32, 64)),
+    ("16 bits", 64, "query_gradient"): (Tile(8, 2, 128, 64), Tile(8, 2, 128, 64)),
+    ("16 bits", 64, "mask_gradient"): (Tile(8, 1, 64, 64), Tile(8, 1, 64, 64)),
+    ("16 bits", 128, "forward"): (Tile(8, 2, 128, 128), Tile(8, 2, 64, 64)),
+    ("16 bits", 128, "key_gradients"): (Tile(8, 2, 64, 64), Tile(8, 1, 16, 64)),
+    ("16 bits", 128, "query_gradient"): (Tile(8, 2, 128, 64), Tile(8, 2, 64, 32)),
+    ("16 bits", 128, "mask_gradient"): (Tile(8, 1, 64, 64), Tile(8, 1, 64, 64)),
+    ("16 bits", 256, "forward"): (Tile(8, 2, 64, 64), Tile(8, 1, 32, 32)),
+    ("16 bits", 256, "key_gradients"): (Tile(8, 2, 16, 64), Tile(8, 1, 32, 32)),
+    ("16 bits", 256, "query_gradient"): (Tile(8, 2, 64, 32), Tile(8, 1, 32, 32)),
+    ("16 bits", 256, "mask_gradient"): (Tile(8, 1, 16, 32), Tile(8, 1, 16, 32)),
+    ("tf32", 64, "forward"): (Tile(8, 2, 128, 64), Tile(8, 2, 128, 64)),
+    ("tf32", 64, "key_gradients"): (Tile(8, 2, 64, 64), Tile(8, 1, 32, 32)),
+    ("tf32", 64, "query_gradient"): (Tile(4, 2, 64, 64), Tile(8, 1, 64, 32)),
+    ("tf32", 64, "mask_gradient"): (Tile(8, 1, 64, 64), Tile(8, 1, 64, 64)),
+    ("tf32", 128, "forward"): (Tile(8, 2, 128, 64), Tile(8, 1, 64, 32)),
+    ("tf32", 128, "key_gradients"): (Tile(4, 1, 32, 32), Tile(4, 1, 32, 32)),
+    ("tf32", 128, "query_gradient"): (Tile(8, 2, 64, 64), Tile(4, 1, 32, 32)),
+    ("tf32", 128, "mask_gradient"): (Tile(4, 1, 16, 32), Tile(4, 1, 16, 32)),
+    ("tf32", 256, "forward"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 32)),
+    ("tf32", 256, "key_gradients"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 32)),
+    ("tf32", 256, "query_gradient"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 32)),
+    ("tf32", 256, "mask_gradient"): (Tile(8, 1, 16, 32), Tile(8, 1, 16, 32)),
+    ("ieee", 64, "forward"): (Tile(4, 1, 32, 32), Tile(8, 1, 32, 32)),
+    ("ieee", 64, "key_gradients"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 32)),
+    ("ieee", 64, "query_gradient"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 32)),
+    ("ieee", 64, "mask_gradient"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 32)),
+    ("ieee", 128, "forward"): (Tile(8, 1, 32, 32), Tile(8, 1, 16, 16)),
+    ("ieee", 128, "key_gradients"): (Tile(8, 1, 32, 32), Tile(8, 1, 16, 16)),
+    ("ieee", 128, "query_gradient"): (Tile(8, 1, 32, 32), Tile(8, 1, 16, 16)),
+    ("ieee", 128, "mask_gradient"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 32)),
+    ("ieee", 256, "forward"): (Tile(4, 1, 16, 32), Tile(8, 1, 16, 16)),
+    ("ieee", 256, "key_gradients"): (Tile(8, 1, 32, 32), Tile(8, 1, 16, 16)),
+    ("ieee", 256, "query_gradient"): (Tile(8, 1, 32, 32), Tile(8, 1, 16, 16)),
+    ("ieee", 256, "mask_gradient"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 32)),
+}
+# Where another chip needs others.
+AMPERE: Pairs = {
+    ("16 bits", 64, "forward"): (Tile(8, 2, 128, 64), Tile(8, 2, 64, 64)),
+    ("16 bits", 64, "key_gradients"): (Tile(4, 2, 64, 32), Tile(4, 2, 32, 64)),
+    ("16 bits", 64, "query_gradient"): (Tile(8, 2, 128, 64), Tile(4, 2, 64, 32)),
+    ("16 bits", 64, "mask_gradient"): (Tile(4, 2, 64, 32), Tile(4, 2, 64, 32)),
+    ("16 bits", 128, "forward"): (Tile(8, 2, 64, 64), Tile(8, 2, 64, 32)),
+    ("16 bits", 128, "query_gradient"): (Tile(8, 2, 64, 64), Tile(8, 2, 64, 32)),
+    ("16 bits", 128, "mask_gradient"): (Tile(4, 1, 16, 32), Tile(4, 1, 16, 32)),
+    ("16 bits", 256, "forward"): (Tile(8, 2, 64, 32), Tile(8, 1, 32, 32)),
+    ("16 bits", 256, "key_gradients"): (Tile(8, 2, 32, 64), Tile(8, 1, 32, 32)),
+    ("tf32", 64, "forward"): (Tile(8, 2, 128, 64), Tile(4, 2, 64, 32)),
+    ("tf32", 64, "key_gradients"): (Tile(4, 2, 64, 32), Tile(4, 1, 32, 32)),
+    ("tf32", 64, "query_gradient"): (Tile(8, 2, 64, 32), Tile(8, 1, 64, 32)),
+    ("tf32", 64, "mask_gradient"): (Tile(8, 1, 16, 16), Tile(8, 1, 16, 16)),
+    ("tf32", 128, "forward"): (Tile(8, 2, 64, 64), Tile(8, 1, 64, 32)),
+    ("ieee", 64, "key_gradients"): (Tile(4, 1, 16, 32), Tile(8, 1, 32, 32)),
+    ("ieee", 256, "forward"): (Tile(4, 1, 16, 16), Tile(8, 1, 16, 16)),
+}
+BLACKWELL: Pairs = {
+    ("16 bits", 64, "forward"): (Tile(4, 2, 64, 64), Tile(8, 2, 128, 64)),
+    ("16 bits", 64, "key_gradients"): (Tile(8, 2, 64, 64), Tile(4, 2, 32, 64)),
+    ("16 bits", 128, "forward"): (Tile(8, 2, 128, 64), Tile(8, 2, 64, 64)),
+    ("16 bits", 128, "key_gradients"): (Tile(8, 2, 64, 64), Tile(8, 2, 64, 64)),
+    ("16 bits", 128, "query_gradient"): (Tile(8, 2, 64, 64), Tile(8, 2, 64, 32)),
+    ("16 bits", 256, "key_gradients"): (Tile(8, 2, 32, 64), Tile(8, 1, 32, 32)),
+    ("tf32", 64, "key_gradients"): (Tile(8, 2, 64, 64), Tile(4, 1, 32, 32)),
+    ("ieee", 64, "forward"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 32)),
+    ("ieee", 64, "mask_gradient"): (Tile(4, 1, 32, 32), Tile(4, 1, 32, 32)),
+    ("ieee", 128, "key_gradients"): (Tile(4, 1, 16, 32), Tile(8, 1, 16, 16)),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice of tiles depends on."""
+
+    kind: Kind
+    widest: int
+    """The wider of the heads of queries and of values."""
+    dtype: torch.dtype
+    precision: str
+    is_heavy: bool
+    """Whether there is a mask or a dropout."""
+
+
+@lru_cache(maxsize=4096)
+def launch_for(shape: Shape, device: Device) -> AttentionLaunch:
+    """The configuration for a kernel; smaller tiles where those of the table do not fit."""
+    arithmetic = "16 bits" if shape.dtype.itemsize == 2 else shape.precision
+    head = 64 if shape.widest <= 64 else 128 if shape.widest <= 128 else 256
+    kind = "query_gradient" if shape.kind == "weights" else shape.kind
+    chips = AMPERE if device.capability < 90 else BLACKWELL if device.capability >= 100 else {}
+    light, heavy = {**HOPPER, **chips}[arithmetic, head, kind]
+    for tile in (heavy if shape.is_heavy else light, heavy):
+        # forward one operand stays and two stream past it; backward two stay
+        rows = tile.block_queries, tile.block_keys
+        own, other = rows[::-1] if kind == "key_gradients" else rows
+        n_rows = (1 if kind == "forward" else 2) * own + tile.num_stages * 2 * other
+        needed = n_rows * head * shape.dtype.itemsize
+        if needed <= device.shared_memory:
+            return tile
+    return SMALLEST
