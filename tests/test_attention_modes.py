@@ -318,6 +318,31 @@ def test_memory_is_linear_in_the_length(device: str, monkeypatch: pytest.MonkeyP
     assert long <= 1.02 * 16384 * row
 
 
+@pytest.mark.parametrize("kind", ["causal", "window", "booleans", "added"])
+def test_tiles_that_are_ruled_out_are_skipped(
+    kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward: NaN in what they would read does not show."""
+    monkeypatch.setattr(attention, "launch_for", lambda shape, device: SMALLEST)
+    (query,), (key, value) = operands(device, 1, (1, 1, 48, 8)), operands(device, 2, (1, 1, 64, 8))
+    with torch.no_grad():
+        key[:, :, 48:] = math.nan
+        value[:, :, 48:] = math.nan
+    mask = torch.zeros(48, 64, device=device)
+    mask[:, 48:] = -math.inf
+    mask.requires_grad_(kind == "added")
+    ways: dict[str, dict[str, Any]] = {
+        "causal": {"is_causal": True},
+        "window": {"window": (9, 0)},
+        "booleans": {"attn_mask": mask == 0},
+        "added": {"attn_mask": mask},
+    }
+    y = sdpa(query, key, value, **ways[kind])
+    assert y.isfinite().all()
+    wanted = [query, mask] if kind == "added" else [query]
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), wanted))
+
+
 # --- configurations ---
 
 
