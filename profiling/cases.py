@@ -11,6 +11,7 @@ from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
 from gpunn.profiling.linear_cases import linear_cases
 from gpunn.profiling.model_cases import model_cases
 from gpunn.profiling.pooling_cases import pooling_cases
+from gpunn.profiling.softmax_cases import softmax_cases
 
 CASES: dict[str, list[Case]] = {
     "linear": linear_cases(),
@@ -21,6 +22,7 @@ CASES: dict[str, list[Case]] = {
     "attention": attention_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
+    "softmax": softmax_cases(),
     "models": model_cases(),
 }
 

@@ -23,6 +23,7 @@ from gpunn.kernels.launch import launchers
 from gpunn.kernels.product import Epilogue, MatmulLaunch
 from gpunn.profiling.static_report import Report, chip, meta, report
 from scenario import Scenario
+from softmax_scenarios import softmax_scenarios
 
 SIZE = 4096
 HALF = torch.bfloat16
@@ -168,6 +169,7 @@ SCENARIOS = {
     **convolution_scenarios(),
     **attention_scenarios(),
     **batch_norm_scenarios(),
+    **softmax_scenarios(),
     **cuda_scenarios(),
 }
 

@@ -30,7 +30,7 @@ ROOMS = {
 }
 STANDARD = {
     "__future__", "ast", "bisect", "collections", "contextlib", "dataclasses", "functools",
-    "itertools", "math", "struct", "threading", "typing",
+    "itertools", "math", "struct", "threading", "typing", "warnings",
 }  # fmt: skip
 # Only these files of kernels/ may read files, run programs and load libraries: they compile.
 COMPILING = {

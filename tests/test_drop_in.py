@@ -32,7 +32,6 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "AdaptiveAvgPool2d": [((3, None),), (1,)],
     "AdaptiveMaxPool1d": [(3,)],
     "AdaptiveMaxPool2d": [(3, True), ((None, 2),)],
-    "AlphaDropout": CERTAIN,
     "AvgPool1d": [(3, 2, 1, True, False)],
     "AvgPool2d": [(3, 2, 1, True, False, 5), ((2, 3),)],
     "BatchNorm1d": [(3, 1e-3, 0.3), (3, 1e-5, None, False), (3, 1e-5, 0.1, True, False)],
@@ -43,12 +42,11 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "Conv2d": [(3, 4, 3, 1, "same"), (3, 6, (2, 3), 1, 1, 1, 3, True, "reflect")],
     "ConvTranspose1d": [(3, 4, 3, 2, 1, 1)],
     "ConvTranspose2d": [(3, 6, 4, 2, 1, 1, 3, False)],
-    "Dropout": CERTAIN,
-    "Dropout1d": CERTAIN,
-    "Dropout2d": CERTAIN,
-    "Dropout3d": CERTAIN,
+    **dict.fromkeys(
+        ("AlphaDropout", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"),
+        CERTAIN,
+    ),
     "ELU": [(0.5,)],
-    "FeatureAlphaDropout": CERTAIN,
     "GELU": [("tanh",)],
     "GLU": [(0,)],
     "Hardshrink": [(0.25,)],
@@ -59,20 +57,24 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "MaxPool2d": [(3, 2, 1, 1, True, True), ((2, 3),)],
     "MaxUnpool1d": [(2,), (3, 2, 1)],
     "MaxUnpool2d": [(2,), ((3, 2), 2, (1, 0))],
+    **{name: [(1,)] for name in ("LogSoftmax", "Softmax", "Softmin")},
+    "Softmax2d": [()],
     "Softplus": [(2.0, 1.0)],
     "Softshrink": [(0.25,)],
     "SyncBatchNorm": [(3, 1e-3, 0.3)],
 }
 # Layers that have no defaults for all arguments, or are random with them.
 WITHOUT_DEFAULTS = {"Linear"} | {
-    name for name in NAMESAKES if any(part in name for part in ("Conv", "Dropout", "Norm", "ool"))
+    name
+    for name in NAMESAKES
+    if any(part in name for part in ("Conv", "Dropout", "Norm", "oftm", "ool"))
 }
 # Shapes of the inputs of layers that do not take every shape.
 SHAPES: dict[str, tuple[int, ...]] = {
     "Dropout2d": (4, 6, 3, 5),
     "Dropout3d": (4, 6, 3, 2, 5),
     **{n: (4, 3, 6) for n in NAMESAKES if n.endswith(("ool2d", "Conv1d", "pose1d", "Norm1d"))},
-    **{n: (2, 3, 4, 6) for n in NAMESAKES if n.endswith(("Conv2d", "pose2d", "Norm2d"))},
+    **{n: (2, 3, 4, 6) for n in NAMESAKES if n.endswith(("Conv2d", "max2d", "pose2d", "Norm2d"))},
     "BatchNorm3d": (2, 3, 2, 4, 3),
     "SyncBatchNorm": (2, 3, 4),
 }

@@ -104,6 +104,8 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
             "dropout",
             None,
         ),
+        "softmax_forward": (wide.half(), (wide > 0).byte(), 0, 0.5, True, torch.float32),
+        "softmax_backward": (wide, wide, 1, 0.5, False, torch.float16),
         "dropout_mask": (seed, 13, 0.5),
         "linear_forward": (x, weight, bias, residual, seed, "gelu", [], 0.5, True),
         "linear_epilogue_backward": (

@@ -13,6 +13,7 @@ from gpunn.checks import (
     glu,
     linear,
     pooling,
+    softmax,
 )
 from gpunn.checks.comparison import Check
 
@@ -25,4 +26,5 @@ CHECKS: dict[str, list[Check]] = {
     "glu": glu.CHECKS,
     "linear": linear.CHECKS,
     "pooling": pooling.CHECKS,
+    "softmax": softmax.CHECKS,
 }

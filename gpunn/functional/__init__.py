@@ -51,6 +51,7 @@ from gpunn.functional.pooling import (
     max_unpool1d,
     max_unpool2d,
 )
+from gpunn.functional.softmax import log_softmax, softmax, softmin
 from gpunn.functional.sync_batch_norm import sync_batch_norm
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "hardtanh",
     "leaky_relu",
     "linear",
+    "log_softmax",
     "logsigmoid",
     "max_pool1d",
     "max_pool2d",
@@ -100,6 +102,8 @@ __all__ = [
     "selu",
     "sigmoid",
     "silu",
+    "softmax",
+    "softmin",
     "softplus",
     "softshrink",
     "softsign",

@@ -63,6 +63,7 @@ from gpunn.nn.pooling import (
     MaxUnpool1d,
     MaxUnpool2d,
 )
+from gpunn.nn.softmax import LogSoftmax, Softmax, Softmax2d, Softmin
 
 __all__ = [
     "CELU",
@@ -99,6 +100,7 @@ __all__ = [
     "LeakyReLU",
     "Linear",
     "LogSigmoid",
+    "LogSoftmax",
     "MaxPool1d",
     "MaxPool2d",
     "MaxUnpool1d",
@@ -117,6 +119,9 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "Softmax",
+    "Softmax2d",
+    "Softmin",
     "Softplus",
     "Softshrink",
     "Softsign",
