@@ -12,6 +12,9 @@ import torch
 
 import gpunn.nn
 
+# What gpunn's layers have beside torch's attributes, and the values that ask for nothing.
+PLAIN = {"activation": None, "dropout_p": 0.0, "return_sum": False, "scale": 1.0}
+
 
 @dataclass
 class Replacement:
@@ -75,18 +78,27 @@ def _change_classes(
 def _reason_to_keep(module: torch.nn.Module) -> str | None:
     """Why a layer should stay what it is, although its class has a counterpart."""
     given = vars(module)
-    fusing = (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm)
+    fusing = (
+        torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm,
+        torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.Softmax, torch.nn.LogSoftmax,
+        torch.nn.Softmin,
+    )  # fmt: skip
     if type(module).__module__.startswith("gpunn."):
-        if given.get("activation") is not None or given.get("dropout_p", 0.0) > 0:
-            return "its fused parts have no torch layer"
-        return None if _namesake(type(module)) else "torch has no such layer"
-    if isinstance(module, fusing) and {"activation", "dropout_p"} & set(given):
+        if not _namesake(type(module)):
+            return "torch has no such layer"
+        return "its fused parts have no torch layer" if _fuses(given) else None
+    if isinstance(module, fusing) and set(PLAIN) & set(given):
         return "it has an attribute that gpunn's layer would take for its own"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "its parameters are computed by a parametrization"
     if isinstance(module, (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)):
         return "in eval mode torch's fused path may compute it, past the layers in it"
     return None
+
+
+def _fuses(given: dict[str, object]) -> bool:
+    """Whether a layer's settings ask for more than torch's layer does."""
+    return any(given.get(name, value) != value for name, value in PLAIN.items())
 
 
 def _namesake(layer: type) -> bool:

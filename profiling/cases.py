@@ -8,6 +8,7 @@ from gpunn.profiling.case import Case
 from gpunn.profiling.convolution_cases import convolution_cases
 from gpunn.profiling.dropout_cases import dropout_cases
 from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
+from gpunn.profiling.layer_norm_cases import layer_norm_cases
 from gpunn.profiling.linear_cases import linear_cases
 from gpunn.profiling.model_cases import model_cases
 from gpunn.profiling.pooling_cases import pooling_cases
@@ -19,6 +20,7 @@ CASES: dict[str, list[Case]] = {
     "glu": glu_cases(),
     "convolution": convolution_cases(),
     "batch_norm": batch_norm_cases(),
+    "layer_norm": layer_norm_cases(),
     "attention": attention_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),

@@ -22,6 +22,7 @@ from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import launchers
 from gpunn.kernels.product import Epilogue, MatmulLaunch
 from gpunn.profiling.static_report import Report, chip, meta, report
+from row_norm_scenarios import row_norm_scenarios
 from scenario import Scenario
 from softmax_scenarios import softmax_scenarios
 
@@ -169,6 +170,7 @@ SCENARIOS = {
     **convolution_scenarios(),
     **attention_scenarios(),
     **batch_norm_scenarios(),
+    **row_norm_scenarios(),
     **softmax_scenarios(),
     **cuda_scenarios(),
 }

@@ -82,6 +82,22 @@ def attention_arguments(device: str) -> dict[str, tuple[object, ...]]:
     }
 
 
+def row_norm_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """With all that is fused."""
+    x, residual, dy = (torch.randn(5, 12, device=device) for _ in range(3))
+    weight, bias = (torch.randn(12, device=device) for _ in range(2))
+    statistic, seed = torch.rand(5, device=device), torch.randint(2**62, (1,), device=device)
+    needs = [True, True, True, False]
+    return {
+        "row_norm_forward": (
+            x, residual, weight, bias, seed, 0.3, 1e-5, True, True, torch.float32
+        ),
+        "row_norm_backward": (
+            dy, x, weight, bias, statistic, statistic, residual, seed, 0.3, True, needs
+        ),
+    }  # fmt: skip
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Arguments for every registered op, of which none requires a gradient."""
     x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
@@ -90,6 +106,7 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     wide = torch.randn(4, 6, device=device)
     images = convolution_arguments(device) | pooling_arguments(device)
     images |= batch_norm_arguments(device) | attention_arguments(device)
+    images |= row_norm_arguments(device)
     return images | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),

@@ -38,6 +38,7 @@ from gpunn.functional.dropout import (
     feature_alpha_dropout,
 )
 from gpunn.functional.glu import geglu, glu, reglu, swiglu
+from gpunn.functional.layer_norm import layer_norm, rms_norm
 from gpunn.functional.linear import linear
 from gpunn.functional.pooling import (
     adaptive_avg_pool1d,
@@ -86,6 +87,7 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "layer_norm",
     "leaky_relu",
     "linear",
     "log_softmax",
@@ -98,6 +100,7 @@ __all__ = [
     "reglu",
     "relu",
     "relu6",
+    "rms_norm",
     "scaled_dot_product_attention",
     "selu",
     "sigmoid",

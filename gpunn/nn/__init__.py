@@ -50,6 +50,7 @@ from gpunn.nn.dropout import (
     FeatureAlphaDropout,
 )
 from gpunn.nn.glu import GEGLU, GLU, ReGLU, SwiGLU
+from gpunn.nn.layer_norm import LayerNorm, RMSNorm
 from gpunn.nn.linear import Linear
 from gpunn.nn.pooling import (
     AdaptiveAvgPool1d,
@@ -97,6 +98,7 @@ __all__ = [
     "Hardswish",
     "Hardtanh",
     "Identity",
+    "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LogSigmoid",
@@ -112,6 +114,7 @@ __all__ = [
     "Parameter",
     "ParameterDict",
     "ParameterList",
+    "RMSNorm",
     "ReGLU",
     "ReLU",
     "ReLU6",
