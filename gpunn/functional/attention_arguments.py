@@ -144,6 +144,8 @@ def leading_shape(
         RuntimeError: they do not broadcast, or key heads do not divide query heads.
     """
     given = [tensor.shape[:-2] for tensor in (query, key, value)]
+    if given[0] == given[1] == given[2] and (given[0] or not enable_gqa):
+        return tuple(given[0])  # what broadcast_shapes takes its time to find
     if not enable_gqa:
         return tuple(torch.broadcast_shapes(*given))
     if min(len(shape) for shape in given) < 1:
