@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import gpunn
 import gpunn.functional as GF
+from drawing import drawing
 from gpunn.checks.comparison import DTYPES, any_algorithm
 from gpunn.kernels import attention
 from gpunn.kernels.attention_tiles import AttentionLaunch
@@ -284,14 +285,7 @@ def test_agrees_with_the_definition(
         monkeypatch.setattr(attention, "launch_for", lambda shape, device: SMALL)
     seen, counts = set(), [0, 0]
 
-    @seed(20240229 + chunk)
-    @settings(
-        max_examples=N_EACH,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawing(chunk, N_EACH)
     @given(problem=problems(), dtype=st.sampled_from(DTYPES))
     def agrees(problem: Problem, dtype: torch.dtype) -> None:
         n_compared, n_vacuous = compare(problem, dtype, device)

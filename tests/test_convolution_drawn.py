@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import gpunn
 import gpunn.functional as GF
+from drawing import drawing
 from gpunn.checks.comparison import DTYPES, any_algorithm
 from gpunn.functional.activation import TORCH
 from gpunn.kernels.activation import ACTIVATIONS
@@ -225,14 +226,7 @@ def compare(problem: Problem, dtype: torch.dtype, device: str) -> tuple[int, int
 def test_agrees_with_torch(chunk: int, device: str) -> None:
     seen, counts = set(), [0, 0]
 
-    @seed(20240229 + chunk)
-    @settings(
-        max_examples=N_EACH,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawing(chunk, N_EACH)
     @given(problem=problems(), dtype=st.sampled_from(DTYPES))
     def agrees(problem: Problem, dtype: torch.dtype) -> None:
         n_compared, n_vacuous = compare(problem, dtype, device)
@@ -325,14 +319,7 @@ def test_refuses_what_torch_refuses(chunk: int) -> None:
     """And nothing else."""
     refused = []
 
-    @seed(20240229 + chunk)
-    @settings(
-        max_examples=N_REFUSALS,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawing(chunk, N_REFUSALS)
     @given(call=spoiled())
     def refuses(call: tuple[Problem, str, Any]) -> None:
         refused.append(assert_as_torchs(*call))

@@ -1,0 +1,25 @@
+"""How Hypothesis draws the problems of the tests that compare hundreds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, seed, settings
+
+
+def drawing(chunk: int, n: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``n`` examples, the same in every run and others in every chunk; nothing is kept."""
+
+    def decorate(test: Callable[..., Any]) -> Callable[..., Any]:
+        thorough = settings(
+            max_examples=n,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        )
+        decorated: Callable[..., Any] = seed(20240229 + chunk)(thorough(test))
+        return decorated
+
+    return decorate
