@@ -45,12 +45,11 @@ LONG = SoftmaxLaunch(8, block_rows=1, block_cols=4096)
 
 
 @triton.jit
-def tile_rows(n_rows, n_cols, n_inner, LAST_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Where this program's rows begin, the stride of columns, and which rows there are.
+def tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Where a program's rows begin, the stride of columns, and which rows there are.
 
     Rows of the last dimension follow each other; others lie side by side, n_inner of them.
     """
-    program = tl.program_id(0).to(tl.int64)
     if LAST_DIM:
         row = program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         return row * n_cols, row < n_rows
@@ -79,7 +78,8 @@ def softmax_forward_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """y = softmax(scale x + mask) of rows, or its logarithm. A program owns BLOCK_ROWS rows."""
-    first, is_row = tile_rows(n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
     cols, stride = tl.arange(0, BLOCK_COLS), 1 if LAST_DIM else n_inner
     out_type: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     if ONE_PASS:
@@ -126,7 +126,8 @@ def softmax_backward_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """dx = scale y (dy - Σ dy y), or, of the logarithm, scale (dy - exp(y) Σ dy), over rows."""
-    first, is_row = tile_rows(n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
     cols, stride = tl.arange(0, BLOCK_COLS), 1 if LAST_DIM else n_inner
     out_type: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     if ONE_PASS:

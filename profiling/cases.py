@@ -6,6 +6,7 @@ from gpunn.profiling.attention_cases import attention_cases
 from gpunn.profiling.batch_norm_cases import batch_norm_cases
 from gpunn.profiling.case import Case
 from gpunn.profiling.convolution_cases import convolution_cases
+from gpunn.profiling.cross_entropy_cases import cross_entropy_cases
 from gpunn.profiling.dropout_cases import dropout_cases
 from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
 from gpunn.profiling.layer_norm_cases import layer_norm_cases
@@ -22,6 +23,7 @@ CASES: dict[str, list[Case]] = {
     "batch_norm": batch_norm_cases(),
     "layer_norm": layer_norm_cases(),
     "attention": attention_cases(),
+    "cross_entropy": cross_entropy_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
     "softmax": softmax_cases(),

@@ -15,6 +15,7 @@ import torch
 from attention_scenarios import attention_scenarios
 from batch_norm_scenarios import batch_norm_scenarios
 from convolution_scenarios import convolution_scenarios
+from cross_entropy_scenarios import cross_entropy_scenarios
 from cuda_scenarios import cuda_scenarios
 from gpunn.functional.glu import GATES
 from gpunn.kernels import glu, launch, product
@@ -172,6 +173,7 @@ SCENARIOS = {
     **batch_norm_scenarios(),
     **row_norm_scenarios(),
     **softmax_scenarios(),
+    **cross_entropy_scenarios(),
     **cuda_scenarios(),
 }
 

@@ -67,7 +67,7 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
 WITHOUT_DEFAULTS = {"Linear"} | {
     name
     for name in NAMESAKES
-    if any(part in name for part in ("Conv", "Dropout", "Norm", "oftm", "ool"))
+    if any(part in name for part in ("Conv", "rop", "Norm", "oftm", "ool"))
 }
 # Shapes of the inputs of layers that do not take every shape.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -160,6 +160,8 @@ LAYER_CASES = [
 def inputs_of(name: str, device: str) -> tuple[torch.Tensor, ...]:
     """What a layer takes; of unpooling also where in a plane of its output the values belong."""
     x = torch.randn(SHAPES.get(name, (4, 6)), device=device)
+    if name.endswith("Loss"):
+        return x, torch.arange(4, device=device)
     if not name.startswith("MaxUnpool"):
         return (x,)
     plane = x[0].numel()

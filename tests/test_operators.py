@@ -98,6 +98,27 @@ def row_norm_arguments(device: str) -> dict[str, tuple[object, ...]]:
     }  # fmt: skip
 
 
+def row_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """Of softmax, and of the loss that is made of it."""
+    x, wide = torch.randn(6, 4, device=device), torch.randn(4, 6, device=device)
+    weight = torch.rand(4, device=device)
+    return {
+        "cross_entropy_forward": (x, torch.arange(6, device=device) % 4, None, -100, 0.1),
+        "cross_entropy_backward": (
+            x[:, 0],
+            x,
+            x.softmax(1),
+            weight[:1].expand(6).contiguous(),
+            x[:, 0].exp(),
+            x[:, 0],
+            -100,
+            0.1,
+        ),
+        "softmax_forward": (wide.half(), (wide > 0).byte(), 0, 0.5, True, torch.float32),
+        "softmax_backward": (wide, wide, 1, 0.5, False, torch.float16),
+    }
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Arguments for every registered op, of which none requires a gradient."""
     x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
@@ -106,7 +127,7 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     wide = torch.randn(4, 6, device=device)
     images = convolution_arguments(device) | pooling_arguments(device)
     images |= batch_norm_arguments(device) | attention_arguments(device)
-    images |= row_norm_arguments(device)
+    images |= row_norm_arguments(device) | row_arguments(device)
     return images | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),
@@ -121,8 +142,6 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
             "dropout",
             None,
         ),
-        "softmax_forward": (wide.half(), (wide > 0).byte(), 0, 0.5, True, torch.float32),
-        "softmax_backward": (wide, wide, 1, 0.5, False, torch.float16),
         "dropout_mask": (seed, 13, 0.5),
         "linear_forward": (x, weight, bias, residual, seed, "gelu", [], 0.5, True),
         "linear_epilogue_backward": (

@@ -28,6 +28,7 @@ from gpunn.functional.attention_varlen import attention_varlen
 from gpunn.functional.attention_weights import attention_weights
 from gpunn.functional.batch_norm import batch_norm
 from gpunn.functional.convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d
+from gpunn.functional.cross_entropy import cross_entropy
 from gpunn.functional.dropout import (
     alpha_dropout,
     dropout,
@@ -73,6 +74,7 @@ __all__ = [
     "conv3d",
     "conv_transpose1d",
     "conv_transpose2d",
+    "cross_entropy",
     "dropout",
     "dropout1d",
     "dropout2d",

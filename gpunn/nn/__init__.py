@@ -41,6 +41,7 @@ from gpunn.nn.activation import (
 from gpunn.nn.attention import ScaledDotProductAttention
 from gpunn.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from gpunn.nn.convolution import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
+from gpunn.nn.cross_entropy import CrossEntropyLoss
 from gpunn.nn.dropout import (
     AlphaDropout,
     Dropout,
@@ -87,6 +88,7 @@ __all__ = [
     "Conv2d",
     "ConvTranspose1d",
     "ConvTranspose2d",
+    "CrossEntropyLoss",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
