@@ -49,9 +49,8 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "ELU": [(0.5,)],
     "GELU": [("tanh",)],
     "GLU": [(0,)],
-    "Hardshrink": [(0.25,)],
+    **{name: [(0.25,)] for name in ("Hardshrink", "LeakyReLU", "Softshrink")},
     "Hardtanh": [(-0.5, 0.25)],
-    "LeakyReLU": [(0.25,)],
     "Linear": [(6, 5, False), (6, 5)],
     "MaxPool1d": [(3, 2, 1, 2, True, True), (2,)],
     "MaxPool2d": [(3, 2, 1, 1, True, True), ((2, 3),)],
@@ -60,14 +59,13 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     **{name: [(1,)] for name in ("LogSoftmax", "Softmax", "Softmin")},
     "Softmax2d": [()],
     "Softplus": [(2.0, 1.0)],
-    "Softshrink": [(0.25,)],
     "SyncBatchNorm": [(3, 1e-3, 0.3)],
 }
 # Layers that have no defaults for all arguments, or are random with them.
 WITHOUT_DEFAULTS = {"Linear"} | {
     name
     for name in NAMESAKES
-    if any(part in name for part in ("Conv", "rop", "Norm", "oftm", "ool"))
+    if any(part in name for part in ("Conv", "Dropout", "Norm", "oftm", "ool"))
 }
 # Shapes of the inputs of layers that do not take every shape.
 SHAPES: dict[str, tuple[int, ...]] = {
