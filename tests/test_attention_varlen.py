@@ -93,8 +93,10 @@ def test_rows_behind_the_last_sequence_give_zero(device: str) -> None:
     """And get gradients of zero, wherever those of the others go."""
     query, key, value = (torch.randn(9, 2, 4, device=device).requires_grad_() for _ in range(3))
     starts = torch.tensor([0, 3, 7], device=device)
-    y = GF.attention_varlen(query, key, value, starts, starts, 4, 4)
+    y, lse = GF.attention_varlen(query, key, value, starts, starts, 4, 4, return_lse=True)
     assert not y[7:].any()
+    assert (lse[:, 7:] == -math.inf).all()
+    assert lse[:, :7].isfinite().all()
     for gradient in torch.autograd.grad(y.sum(), [query, key, value]):
         assert not gradient[7:].any()
         assert gradient.isfinite().all()
