@@ -31,11 +31,11 @@ class Case:
 
 
 CASES: dict[str, Case] = {
-    "classes": Case(9, 37),
-    "classes, weights, smoothing": Case(9, 1030, weighted=True, smoothing=0.1),
-    "classes, more dimensions": Case(12, 10, inner=6),
-    "classes, longer than a tile": Case(3, 5000),
-    "probabilities, weights": Case(9, 37, probabilities=True, weighted=True),
+    "cross_entropy": Case(9, 37),
+    "cross_entropy, weights, smoothing": Case(9, 1030, weighted=True, smoothing=0.1),
+    "cross_entropy, more dimensions": Case(12, 10, inner=6),
+    "cross_entropy, longer than a tile": Case(3, 5000),
+    "cross_entropy of probabilities, weights": Case(9, 37, probabilities=True, weighted=True),
 }
 
 
