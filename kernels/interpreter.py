@@ -13,12 +13,14 @@ And it makes an integer of an array of one element, which NumPy 2.4 refuses and 
 add as many partial sums as they are: its rounding errors grow faster than a GPU's.
 
 It is slower than it need be, too. Each call of a device function looks through all of Triton's
-language for what to replace, which the launch has replaced already; and the type of a tile, with
-its name, is made anew for each operation. Mended, a kernel takes about half of the time.
+language for what to replace, which the launch has replaced already; the type of a tile, with its
+name, and the sizes of a tile are made anew for each operation; and whether an integer overflows is
+found out with seven more operations. Mended, a kernel takes about a third of the time.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -99,13 +101,16 @@ def mend_calls() -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
     call = InterpretedFunction.__call__
+    found: dict[Any, list[Any]] = {}
 
-    def is_replaced(module: Any) -> bool:
-        return not tl.core.is_builtin(module.load)
+    def modules_of(function: Any) -> list[Any]:
+        if function not in found:
+            values = function.__globals__.values()
+            found[function] = [m for m in (tl, tl.core) if any(m is value for value in values)]
+        return found[function]
 
     def mended_call(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        modules = [m for m in (tl, tl.core) if any(m is v for v in self.fn.__globals__.values())]
-        if all(map(is_replaced, modules)):
+        if not any(tl.core.is_builtin(module.load) for module in modules_of(self.fn)):
             return self.rewrite()(*arguments, **keywords)
         return call(self, *arguments, **keywords)
 
@@ -113,20 +118,34 @@ def mend_calls() -> None:
 
 
 def mend_types() -> None:
-    """Remember the types of tiles and their NumPy types. Called once, on import."""
+    """Remember the types of tiles, their sizes and NumPy types. Called once, on import."""
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     initialise, find = tl.block_type.__init__, interpreter._get_np_dtype
+    broadcast = TritonSemantic.broadcast_impl_value
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
+    shapes: dict[tuple[int, ...], Any] = {}
     found: dict[str, Any] = {}
+    scalar = tl.constexpr(1), tl.tuple([])
 
     def mended_initialise(self: Any, element_ty: Any, shape: Any) -> None:
-        sizes = [size.value if isinstance(size, tl.constexpr) else size for size in shape]
+        sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
         key = (element_ty.name, *sizes)
         if key not in known:
             initialise(self, element_ty, shape)
+            self.shape = shapes.setdefault(sizes, self.shape)
+            self.of_tile = tl.constexpr(math.prod(sizes)), tl.tuple(list(map(tl.constexpr, sizes)))
             known[key] = dict(vars(self))
         vars(self).update(known[key])
+
+    def mended_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = type.of_tile if type.is_block() else scalar
+
+    def mended_broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
+        of_lhs, of_rhs = (t.type.shape if t.type.is_block() else None for t in (lhs, rhs))
+        return (lhs, rhs) if of_lhs is of_rhs else broadcast(self, lhs, rhs)
 
     def mended_find(dtype: Any) -> Any:
         scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
@@ -135,7 +154,29 @@ def mend_types() -> None:
         return found[scalar.name]
 
     tl.block_type.__init__ = mended_initialise
+    tl.tensor.__init__ = mended_tensor
+    TritonSemantic.broadcast_impl_value = mended_broadcast
     interpreter._get_np_dtype = mended_find
+
+
+def mend_overflow() -> None:
+    """Ask NumPy whether an integer overflows. Called once, on import."""
+    from triton.language.semantic import TritonSemantic
+
+    operations: dict[str, Any] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def mended_check(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+        scalar = lhs.type.scalar
+        if scalar.int_bitwidth >= 64:
+            return
+        wide = (operand.handle.data.astype(np.int64) for operand in (lhs, rhs))
+        result, name = operations[operation.__name__](*wide), operation.__name__
+        low, high = scalar.get_int_min_value(), scalar.get_int_max_value()
+        assert result.size == 0 or (result.min() >= low and result.max() <= high), (
+            f"int{scalar.int_bitwidth} overflow detected for operation {name}"
+        )
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = mended_check
 
 
 def quiet_numpy() -> AbstractContextManager[None]:
@@ -148,3 +189,4 @@ if INTERPRETING:
     mend_sums()
     mend_calls()
     mend_types()
+    mend_overflow()

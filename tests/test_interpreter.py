@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from gpunn.kernels.interpreter import (
     INTERPRETING,
@@ -233,3 +234,60 @@ def test_remembered_types_are_told_apart() -> None:
     pointer = tl.block_type(tl.pointer_type(tl.float32), [4, 8])
     assert pointer.element_ty.is_ptr()
     assert not types[0].element_ty.is_ptr()
+
+
+@triton.jit
+def arithmetic_kernel(x_ptr, y_ptr, OPERATION: tl.constexpr, SIZE: tl.constexpr):
+    """y = x ∘ x + 0, or 0 - x, in the type of x."""
+    lane = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + lane)
+    if OPERATION == "add":
+        y = x + x
+    elif OPERATION == "mul":
+        y = x * x
+    else:
+        y = (x - x) - x
+    tl.store(y_ptr + lane, y)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize(
+    ("operation", "largest"), [("add", 2**30 - 1), ("mul", 46340), ("sub", 2**31 - 1)]
+)
+def test_integers_that_overflow_are_refused(operation: str, largest: int) -> None:
+    """32 bits, of which one element is too large; 64 bits have room for it."""
+    expected = {"add": 2 * largest, "mul": largest**2, "sub": -largest}[operation]
+    x = torch.tensor([1, 2, 3, largest], dtype=torch.int32)
+    y = torch.empty_like(x)
+
+    def launch(x: torch.Tensor, y: torch.Tensor) -> None:
+        run("test", arithmetic_kernel, (1,), x, y, launch=Launch(), OPERATION=operation, SIZE=4)
+
+    launch(x, y)
+    assert y[-1] == expected
+    x[-1] = -(2**31) if operation == "sub" else largest + 1
+    with pytest.raises(
+        InterpreterError, match=rf"int32 overflow detected for operation {operation}"
+    ):
+        launch(x, y)
+    wide = torch.empty(4, dtype=torch.int64)
+    launch(x.long(), wide)
+    assert wide[-1].abs() > 2**31 - 1
+
+
+@triton.jit
+def outer_kernel(x_ptr, y_ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """y = 2 x xᵀ + 1 over its first COLS columns, by broadcasts of each kind."""
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+    x = tl.load(x_ptr + rows)
+    y = 2 * (x[:, None] * tl.load(x_ptr + cols)) + 1
+    tl.static_assert(y.shape[0] == ROWS)
+    tl.static_assert(y.numel == ROWS * COLS)
+    tl.store(y_ptr + rows[:, None] * COLS + cols, y)
+
+
+@in_the_interpreter
+def test_remembered_sizes_are_broadcast_as_before() -> None:
+    x, y = torch.arange(8.0), torch.empty(8, 4)
+    run("test", outer_kernel, (1,), x, y, launch=Launch(), ROWS=8, COLS=4)
+    assert torch.equal(y, 2 * x[:, None] * x[:4] + 1)
