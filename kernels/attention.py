@@ -33,13 +33,17 @@ NAME, NAME_BACKWARD = "attention_forward", "attention_backward"
 
 @dataclass(frozen=True)
 class Problem:
-    """What every kernel of attention is told. ``before`` and ``after`` are -1 where unbounded."""
+    """What every kernel of attention is told. ``before`` and ``after`` are -1 where unbounded.
+
+    ``mask_batches``: for each batch, which of the mask's; None where the mask has one or all.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     mask: torch.Tensor | None
     slopes: torch.Tensor | None
+    mask_batches: torch.Tensor | None
     seed: torch.Tensor | None
     starts_q: torch.Tensor | None
     starts_k: torch.Tensor | None
@@ -75,7 +79,8 @@ class Problem:
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """The pointers that come first."""
         return (
-            self.q, self.k, self.v, self.mask, self.slopes, self.seed, self.starts_q, self.starts_k
+            self.q, self.k, self.v, self.mask, self.slopes, self.mask_batches, self.seed,
+            self.starts_q, self.starts_k,
         )  # fmt: skip
 
     def sizes(self) -> tuple[int, ...]:
@@ -160,6 +165,7 @@ def _forward_fake(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     slopes: torch.Tensor | None,
+    mask_batches: torch.Tensor | None,
     seed: torch.Tensor | None,
     starts_q: torch.Tensor | None,
     starts_k: torch.Tensor | None,
@@ -180,9 +186,9 @@ def _forward_fake(
 
 
 ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? seed, Tensor? starts_q, "
-    "Tensor? starts_k, SymInt n_queries, SymInt n_keys, float scale, float softcap, "
-    "float dropout_p, int before, int after, bool lower_right"
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? mask_batches, "
+    "Tensor? seed, Tensor? starts_q, Tensor? starts_k, SymInt n_queries, SymInt n_keys, "
+    "float scale, float softcap, float dropout_p, int before, int after, bool lower_right"
 )
 
 
@@ -229,6 +235,7 @@ def _backward_fake(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     slopes: torch.Tensor | None,
+    mask_batches: torch.Tensor | None,
     seed: torch.Tensor | None,
     starts_q: torch.Tensor | None,
     *others: Any,
@@ -323,17 +330,18 @@ def _key_gradients(problem: Problem, rows: Rows, dk: torch.Tensor, dv: torch.Ten
 
 
 def _mask_gradient(problem: Problem, rows: Rows, dmask: torch.Tensor) -> None:
-    launch, n_batches = problem.launch("mask_gradient"), problem.n_batches
-    full = problem.n_batches, problem.n_heads, problem.n_queries, problem.n_keys
-    has = [size > 1 or extent == 1 for size, extent in zip(dmask.shape, full, strict=True)]
+    launch, q, k, v = problem.launch("mask_gradient"), problem.q, problem.k, problem.v
+    sharers = None if problem.mask_batches is None else problem.mask_batches.argsort(stable=True)
+    full = problem.n_heads, problem.n_queries, problem.n_keys
+    has = [size > 1 or extent == 1 for size, extent in zip(dmask.shape[1:], full, strict=True)]
     blocks = 1, 1, launch.block_queries, launch.block_keys
     tiles = [cdiv(size, block) for size, block in zip(dmask.shape, blocks, strict=True)]
-    given = [tensor for i, tensor in enumerate(problem.inputs()) if i < 6]
     run(
         NAME_BACKWARD, attention_mask_gradient_kernel, (math.prod(tiles),),
-        *given, *rows, dmask, n_batches, *problem.sizes(), *problem.strides(rows[0]),
+        q, k, v, problem.mask, problem.slopes, sharers, problem.seed, *rows, dmask,
+        problem.n_batches // dmask.shape[0], *problem.sizes(), *problem.strides(rows[0]),
         *problem.scalars(), launch=launch,
-        MASK_BATCHES=has[0], MASK_HEADS=has[1], MASK_ROWS=has[2], MASK_COLS=has[3],
+        MASK_HEADS=has[0], MASK_ROWS=has[1], MASK_COLS=has[2],
         **problem.constants(),
     )  # fmt: skip
 

@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.attention import ARGUMENTS, Problem
-from gpunn.kernels.flash import bias_tile, finite, load_rows, power, scores, slope_of
+from gpunn.kernels.flash import batch_of_mask, bias_tile, finite, load_rows, power, scores, slope_of
 from gpunn.kernels.launch import cdiv, operator, run
 
 
 @triton.jit
 def attention_weights_kernel(
-    q_ptr, k_ptr, mask_ptr, slopes_ptr, heads_ptr, maxima_ptr, sums_ptr, weights_ptr,
+    q_ptr, k_ptr, mask_ptr, slopes_ptr, mask_batches_ptr, heads_ptr, maxima_ptr, sums_ptr,
+    weights_ptr,
     n_heads, group, n_queries, n_keys, before, after, n_wanted,
     stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
     stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
@@ -43,7 +44,8 @@ def attention_weights_kernel(
     row_index, col_index = row + tl.arange(0, BLOCK_QUERIES), key + tl.arange(0, BLOCK_KEYS)
     rows, cols, bias = row_index[:, None], col_index[None, :], 0.0
     if mask_ptr is not None:
-        at_mask = batch * stride_mask_batch + head * stride_mask_head
+        mask_batch = batch_of_mask(mask_batches_ptr, batch)
+        at_mask = mask_batch * stride_mask_batch + head * stride_mask_head
         bias = bias_tile(mask_ptr + at_mask, rows, cols, n_queries, n_keys, stride_mask_row,
                          stride_mask_col)  # fmt: skip
     slope = slope_of(slopes_ptr, batch * stride_slopes_batch + head * stride_slopes_head, NATURAL)
@@ -92,7 +94,8 @@ def attention_weights(
     run(
         "attention_weights", attention_weights_kernel,
         (n_tiles * problem.n_batches * heads.shape[0],),
-        problem.q, problem.k, problem.mask, problem.slopes, heads, maxima, sums, weights,
+        problem.q, problem.k, problem.mask, problem.slopes, problem.mask_batches,
+        heads, maxima, sums, weights,
         *problem.sizes(), heads.shape[0], *problem.strides()[:8], *problem.strides()[12:],
         *problem.scalars()[:2],
         launch=launch, NATURAL=problem.is_natural, **constants,

@@ -103,6 +103,14 @@ def slope_of(slopes_ptr, at, NATURAL: tl.constexpr):
 
 
 @triton.jit
+def batch_of_mask(mask_batches_ptr, batch):
+    """Which of a mask's batches belongs to a batch: they may be repeated in any pattern."""
+    if mask_batches_ptr is None:
+        return batch
+    return tl.load(mask_batches_ptr + batch)
+
+
+@triton.jit
 def bias_tile(mask_ptr, rows, cols, n_rows, n_cols, stride_row, stride_col):
     """What a mask adds to a tile of scores; of a boolean one, -∞ where it is False.
 
@@ -189,8 +197,8 @@ def attend(
 
 @triton.jit
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, seed_ptr, starts_q_ptr, starts_k_ptr,
-    y_ptr, rest_ptr, maxima_ptr, sums_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, mask_batches_ptr, seed_ptr, starts_q_ptr,
+    starts_k_ptr, y_ptr, rest_ptr, maxima_ptr, sums_ptr,
     n_heads, group, n_queries, n_keys, before, after,
     stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
     stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
@@ -220,7 +228,8 @@ def attention_forward_kernel(
     v_ptr += wide * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
     first_stat = wide * stride_stat_batch + wide_head * stride_stat_head + first_q
     if mask_ptr is not None:
-        mask_ptr += wide * stride_mask_batch + wide_head * stride_mask_head
+        mask_batch = batch_of_mask(mask_batches_ptr, wide)
+        mask_ptr += mask_batch * stride_mask_batch + wide_head * stride_mask_head
     slope = slope_of(slopes_ptr, wide * stride_slopes_batch + wide_head * stride_slopes_head,
                      NATURAL)  # fmt: skip
     offset = n_k - n_q if LOWER_RIGHT else 0

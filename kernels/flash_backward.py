@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.flash import (
+    batch_of_mask,
     bias_tile,
     finite,
     load_rows,
@@ -98,8 +99,8 @@ def attention_delta_kernel(
 
 @triton.jit
 def attention_key_gradients_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, seed_ptr, starts_q_ptr, starts_k_ptr,
-    dy_ptr, maxima_ptr, sums_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, mask_batches_ptr, seed_ptr, starts_q_ptr,
+    starts_k_ptr, dy_ptr, maxima_ptr, sums_ptr, delta_ptr, dk_ptr, dv_ptr,
     n_heads, group, n_queries, n_keys, before, after,
     stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
     stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
@@ -137,6 +138,7 @@ def attention_key_gradients_kernel(
         key - offset, tl.minimum(key + BLOCK_KEYS, n_k) - 1 - offset,
         tl.where(key < n_k, n_q, 0), after, before, AFTER, BEFORE, BLOCK_QUERIES
     )  # fmt: skip
+    mask_batch = batch_of_mask(mask_batches_ptr, batch)
     for member in range(group):
         head = key_head * group + member
         at_q = batch * stride_q_batch + head * stride_q_head + first_q * stride_q_row
@@ -148,7 +150,7 @@ def attention_key_gradients_kernel(
             row_index = row + tl.arange(0, BLOCK_QUERIES)
             rows, bias, wanted = row_index[None, :], 0.0, True
             if mask_ptr is not None:
-                at_mask = batch * stride_mask_batch + head * stride_mask_head
+                at_mask = mask_batch * stride_mask_batch + head * stride_mask_head
                 bias = bias_tile(mask_ptr + at_mask, rows, cols, n_q, n_k, stride_mask_row,
                                  stride_mask_col)  # fmt: skip
                 wanted = tl.max(bias) != -float("inf")
@@ -187,8 +189,8 @@ def attention_key_gradients_kernel(
 
 @triton.jit
 def attention_query_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, seed_ptr, starts_q_ptr, starts_k_ptr,
-    dy_ptr, maxima_ptr, sums_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, mask_batches_ptr, seed_ptr, starts_q_ptr,
+    starts_k_ptr, dy_ptr, maxima_ptr, sums_ptr, delta_ptr, dq_ptr,
     n_heads, group, n_queries, n_keys, before, after,
     stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
     stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
@@ -233,10 +235,11 @@ def attention_query_gradient_kernel(
         row + offset, tl.minimum(row + BLOCK_QUERIES, n_q) - 1 + offset,
         tl.where(row < n_q, n_k, 0), before, after, BEFORE, AFTER, BLOCK_KEYS
     )  # fmt: skip
+    mask_batch = batch_of_mask(mask_batches_ptr, batch)
     for key in tl.range(start, end, BLOCK_KEYS):
         cols, bias, wanted = (key + tl.arange(0, BLOCK_KEYS))[None, :], 0.0, True
         if mask_ptr is not None:
-            at_mask = batch * stride_mask_batch + head * stride_mask_head
+            at_mask = mask_batch * stride_mask_batch + head * stride_mask_head
             bias = bias_tile(mask_ptr + at_mask, rows, cols, n_q, n_k, stride_mask_row,
                              stride_mask_col)  # fmt: skip
             wanted = tl.max(bias) != -float("inf")
@@ -267,9 +270,9 @@ def attention_query_gradient_kernel(
 
 @triton.jit
 def attention_mask_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, seed_ptr, dy_ptr, maxima_ptr, sums_ptr, delta_ptr,
-    dmask_ptr,
-    n_batches, n_heads, group, n_queries, n_keys, before, after,
+    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, sharers_ptr, seed_ptr, dy_ptr, maxima_ptr, sums_ptr,
+    delta_ptr, dmask_ptr,
+    n_sharers, n_heads, group, n_queries, n_keys, before, after,
     stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
     stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
     stride_v_batch, stride_v_head, stride_v_row, stride_v_col,
@@ -277,16 +280,17 @@ def attention_mask_gradient_kernel(
     stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_col,
     stride_slopes_batch, stride_slopes_head,
     scale, softcap, threshold, dropout_scale,
-    MASK_BATCHES: tl.constexpr, MASK_HEADS: tl.constexpr, MASK_ROWS: tl.constexpr,
-    MASK_COLS: tl.constexpr, LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BEFORE: tl.constexpr, AFTER: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
-    BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    MASK_HEADS: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
+    AFTER: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dmask = Σ ds over the dimensions along which the mask is repeated; dmask is contiguous.
 
-    A program owns a tile of dmask, and adds up in order. MASK_BATCHES and the like say which
-    dimensions the mask has; along the others it has one element.
+    A program owns a tile of dmask, and adds up in order: over the ``n_sharers`` batches that share
+    it, which follow one another where ``sharers_ptr`` lists none, and over the dimensions that, as
+    MASK_HEADS and the like say, the mask has not.
     """
     down, across = tl.cdiv(n_queries, BLOCK_QUERIES), tl.cdiv(n_keys, BLOCK_KEYS)
     n_down, n_across = down if MASK_ROWS else 1, across if MASK_COLS else 1
@@ -294,19 +298,20 @@ def attention_mask_gradient_kernel(
     own_across, own_down = index % n_across, index // n_across % n_down
     own_head = index // n_across // n_down % (n_heads if MASK_HEADS else 1)
     own_batch = index // n_across // n_down // (n_heads if MASK_HEADS else 1)
-    sum_batches, sum_heads = 1 if MASK_BATCHES else n_batches, 1 if MASK_HEADS else n_heads
+    sum_heads = 1 if MASK_HEADS else n_heads
     sum_down, sum_across = 1 if MASK_ROWS else down, 1 if MASK_COLS else across
     offset = n_keys - n_queries if LOWER_RIGHT else 0
     out_type: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), dtype=out_type)
-    for step in range(sum_batches * sum_heads * sum_down * sum_across):
+    for step in range(n_sharers * sum_heads * sum_down * sum_across):
         key = (own_across + step % sum_across) * BLOCK_KEYS
         row = (own_down + step // sum_across % sum_down) * BLOCK_QUERIES
         head = (own_head + step // sum_across // sum_down % sum_heads).to(tl.int64)
-        batch = (own_batch + step // sum_across // sum_down // sum_heads).to(tl.int64)
+        sharer = own_batch * n_sharers + step // sum_across // sum_down // sum_heads
+        batch = batch_of_mask(sharers_ptr, sharer.to(tl.int64))
         row_index = row + tl.arange(0, BLOCK_QUERIES)
         rows, cols = row_index[:, None], (key + tl.arange(0, BLOCK_KEYS))[None, :]
-        at_mask = batch * stride_mask_batch + head * stride_mask_head
+        at_mask = own_batch.to(tl.int64) * stride_mask_batch + head * stride_mask_head
         bias = bias_tile(mask_ptr + at_mask, rows, cols, n_queries, n_keys, stride_mask_row,
                          stride_mask_col)  # fmt: skip
         wanted = tl.max(bias) != -float("inf")

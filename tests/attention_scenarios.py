@@ -32,7 +32,7 @@ def _arguments(kind: str, dtype: torch.dtype, head: int) -> list[Any]:
         mask = meta(2, 1, LENGTH, LENGTH, dtype=dtype if kind == "added" else torch.uint8)
         seed, dropout_p = meta(1, dtype=torch.int64), 0.1
     rules = 0.1, softcap, dropout_p, before, after, False
-    return [query, query, query, mask, slopes, seed, None, None, LENGTH, LENGTH, *rules]
+    return [query, query, query, mask, slopes, None, seed, None, None, LENGTH, LENGTH, *rules]
 
 
 def _attention(

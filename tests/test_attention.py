@@ -155,51 +155,6 @@ def test_grouped_heads(n_key_heads: int, dtype: torch.dtype, device: str) -> Non
     assert_right(tensors, enable_gqa=True)
 
 
-MASKS = {
-    "whole": (2, 2, 37, 21),
-    "a matrix": (37, 21),
-    "of heads": (2, 37, 21),
-    "of keys": (2, 1, 1, 21),
-    "of keys alone": (1, 21),
-}
-
-
-@each_dtype
-@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS.keys())
-def test_additive_masks(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    tensors = operands(device, dtype)
-    assert_right(tensors, torch.randn(shape).to(device, dtype))
-
-
-@pytest.mark.parametrize("shape", [(1, 2, 37, 1), (2, 1, 1), (1, 1)])
-def test_a_mask_that_adds_the_same_to_a_row_changes_nothing(
-    shape: tuple[int, ...], device: str
-) -> None:
-    query, key, value, dy = operands(device)
-    mask = torch.randn(shape, device=device).requires_grad_()
-    y = GF.scaled_dot_product_attention(query, key, value, mask)
-    torch.testing.assert_close(y, GF.scaled_dot_product_attention(query, key, value))
-    (dmask,) = torch.autograd.grad(y, mask, dy)
-    assert dmask.shape == shape
-    assert dmask.abs().max() < 1e-4
-
-
-@each_dtype
-def test_a_mask_in_float32_for_queries_of_any_type(dtype: torch.dtype, device: str) -> None:
-    mask = torch.randn(2, 37, 21, device=device)
-    assert_right(operands(device, dtype), mask)
-
-
-@each_dtype
-@pytest.mark.parametrize("shape", [(2, 2, 37, 21), (37, 21), (2, 1, 1, 21)])
-def test_boolean_masks(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    """True keeps; some rows keep nothing."""
-    mask = (torch.rand(shape) < 0.4).to(device)
-    if len(shape) == 2:
-        mask[3] = False
-    assert_right(operands(device, dtype), mask)
-
-
 def windowed(rules: Rules, n_queries: int, n_keys: int, device: str) -> torch.Tensor:
     """The same as a mask."""
     offset = n_keys - n_queries if rules.lower_right else 0

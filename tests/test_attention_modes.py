@@ -86,8 +86,8 @@ def test_without_gradients_nothing_is_kept(device: str) -> None:
     assert not y.requires_grad
     assert len(launched(trace, "attention_forward")) == 1
     rest = attention.attention_forward(
-        False, query.half(), key.half(), value.half(), None, None, None, None, None, 9, 9, 1.0,
-        0.0, 0.0, -1, -1, False,
+        False, query.half(), key.half(), value.half(), None, None, None, None, None, None, 9, 9,
+        1.0, 0.0, 0.0, -1, -1, False,
     )[1]  # fmt: skip
     assert rest.numel() == 0
 
@@ -276,7 +276,7 @@ def test_by_torch_every_option_is_the_kernels(device: str) -> None:
     agree(ours[0], theirs[0], [query, key, value])
     rules = Rules(1.0, 0.0, 0.5, -1, -1, False)
     query, key, value = (t.detach() for t in (query, key, value))
-    given = Given(query, key, value, None, None, None, None, 9, 9)
+    given = Given(query, key, value, None, None, None, None, None, 9, 9)
     dropped = composed(given, rules, None)
     assert (dropped != composed(given, rules, None)).any()
 

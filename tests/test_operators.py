@@ -59,7 +59,8 @@ def attention_arguments(device: str) -> dict[str, tuple[object, ...]]:
     query, key = query.half(), key.half()
     mask, slopes = torch.randn(2, 1, 1, 7, device=device), torch.rand(1, 4, device=device)
     seed, starts = torch.randint(2**62, (1,), device=device), torch.tensor([0, 4, 7], device=device)
-    whole = query, key, key, mask.half(), slopes, seed, None, None, 9, 7, 0.3, 2.0, 0.1, 5, 3, True
+    rules = 0.3, 2.0, 0.1, 5, 3, True
+    whole = query, key, key, mask.half(), slopes, None, seed, None, None, 9, 7, *rules
     y, maxima = torch.randn_like(query), torch.zeros(2, 4, 9, device=device)
     packed = key[:1], key[:1], key[:1], None, None, None, starts, starts, 4, 4
     needs, heads = [True, False, True, True], torch.tensor([3, 1], device=device)

@@ -39,6 +39,8 @@ class Given(NamedTuple):
     value: torch.Tensor
     mask: torch.Tensor | None
     slopes: torch.Tensor | None
+    mask_batches: torch.Tensor | None
+    """Of each batch, which of the mask's is its own; None where the mask has one or all."""
     starts_q: torch.Tensor | None
     """Where packed sequences begin, and, as its last element, where they end; batch is then 1."""
     starts_k: torch.Tensor | None
@@ -191,19 +193,26 @@ def of_four_dimensions(
         _with_heads(query, leading, n_heads), pair[0], pair[1],
         None if mask is None else _mask_of(mask, leading),
         None if slopes is None else slopes_of(slopes, leading, query.dtype),
+        None if mask is None else _mask_batches(mask, leading[:-1]),
         None, None, query.shape[-2], key.shape[-2],
     )  # fmt: skip
 
 
 def _mask_of(mask: torch.Tensor, leading: tuple[int, ...]) -> torch.Tensor:
-    """(batch or 1, heads or 1, queries or 1, keys or 1); copied only along batch dimensions."""
+    """(batches of its own, heads or 1, queries or 1, keys or 1)."""
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     mask = mask[(None,) * (max(len(leading), 1) + 2 - mask.dim())]
-    batches = mask.shape[:-3]
-    if math.prod(batches) != 1:
-        mask = mask.expand(*leading[:-1], *mask.shape[-3:])
     return mask.reshape(math.prod(mask.shape[:-3]), *mask.shape[-3:])
+
+
+def _mask_batches(mask: torch.Tensor, batches: tuple[int, ...]) -> torch.Tensor | None:
+    """Which batch of the mask each batch has; None where it has one, or all of them."""
+    own = mask.shape[:-3]
+    n_own, n_all = math.prod(own), math.prod(batches)
+    if n_own in (1, n_all):
+        return None
+    return torch.arange(n_own, device=mask.device).view(own).expand(batches).reshape(n_all)
 
 
 def slopes_of(slopes: torch.Tensor, leading: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -280,6 +289,8 @@ def natural_logarithm(maxima: torch.Tensor, sums: torch.Tensor, given: Given) ->
 def scores(given: Given, rules: Rules) -> torch.Tensor:
     """The scores, -inf where a pair is ruled out, in torch's operations: (batch, heads, L, S)."""
     query, key, mask, slopes = given.query, given.key, given.mask, given.slopes
+    if mask is not None and given.mask_batches is not None:
+        mask = mask[given.mask_batches]
     group = query.shape[1] // max(key.shape[1], 1)
     s = (query * rules.scale) @ key.repeat_interleave(group, 1).mT
     if rules.softcap:

@@ -106,7 +106,7 @@ def _by_torch(
             parts.append(pages.transpose(0, 1).flatten(1, 2)[None, :, :length])
         own = None if slopes is None else slopes[i % len(slopes)][None]
         given = Given(
-            query[i : i + 1, :, None], parts[0], parts[1], None, own, None, None, 1, length
+            query[i : i + 1, :, None], parts[0], parts[1], None, own, None, None, None, 1, length
         )
         found.append(composed(given, rules, None)[:, :, 0])
     shape = *query.shape[:2], value_cache.shape[-1]

@@ -31,12 +31,13 @@ class _Attention(torch.autograd.Function):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         slopes: torch.Tensor | None,
+        mask_batches: torch.Tensor | None,
         seed: torch.Tensor | None,
         starts_q: torch.Tensor | None,
         starts_k: torch.Tensor | None,
         numbers: tuple[Any, ...],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        given = query, key, value, mask, slopes, seed, starts_q, starts_k
+        given = query, key, value, mask, slopes, mask_batches, seed, starts_q, starts_k
         forward: Any = attention_forward
         y, rest, maxima, sums = forward(True, *given, *numbers)
         ctx.mark_non_differentiable(maxima, sums)
@@ -47,10 +48,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, *of_statistics: Any) -> tuple[Any, ...]:
         *given, y, rest, maxima, sums = ctx.saved_tensors
-        needs, numbers, others = ctx.needs_input_grad[:4], ctx.numbers, (None,) * 5
+        needs, numbers, others = ctx.needs_input_grad[:4], ctx.numbers, (None,) * 6
         if torch.is_grad_enabled():
-            whole = Given._make([*given[:5], *given[6:], *numbers[:2]])
-            return *_differentiable(whole, given[5], Rules(*numbers[2:]), needs, dy), *others
+            whole = Given._make([*given[:6], *given[7:], *numbers[:2]])
+            return *_differentiable(whole, given[6], Rules(*numbers[2:]), needs, dy), *others
         backward: Any = attention_backward
         found = backward(dy, y, rest, maxima, sums, list(needs), *given, *numbers)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), *others
@@ -98,7 +99,7 @@ def attend(
         y = composed(given, rules, None)
         return y, lambda: log_sums(given, rules)
     seed = draw_seed(given.query.device) if rules.dropout_p > 0 else None
-    tensors = *given[:5], seed, given.starts_q, given.starts_k
+    tensors = *given[:6], seed, given.starts_q, given.starts_k
     numbers = given.n_queries, given.n_keys, *rules
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given[:4]):
         y, maxima, sums = _Attention.apply(*tensors, numbers)

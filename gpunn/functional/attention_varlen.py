@@ -73,7 +73,7 @@ def attention_varlen(
         alibi_slopes = slopes_of(alibi_slopes, leading, query.dtype)
     packed = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
     given = Given(
-        packed[0], packed[1], packed[2], None, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
+        packed[0], packed[1], packed[2], None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
         max_q, max_k,
     )  # fmt: skip
     y, lse = attend(given, rules, takes("attention_varlen", query, key, value, alibi_slopes))

@@ -109,7 +109,7 @@ def _by_kernel(
 ) -> torch.Tensor:
     # one column of any values: only the statistics are wanted
     narrow = given._replace(value=given.key[..., :1])
-    arguments = *narrow[:5], None, None, None, given.n_queries, given.n_keys, *rules
+    arguments = *narrow[:6], None, None, None, given.n_queries, given.n_keys, *rules
     if lse is None:
         forward: Any = attention_forward
         _, _, maxima, sums = forward(False, *arguments)
