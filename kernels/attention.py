@@ -272,7 +272,7 @@ def attention_backward(
     problem = Problem(*arguments)
     gradients = _backward_fake(dy, y, rest, maxima, sums, needs, *arguments)
     dq, dk, dv, dmask = gradients
-    rows = dy, maxima, sums, _delta(dy, y, rest, maxima, problem)
+    rows = dy, maxima, sums, _delta(dy, y, rest, maxima, sums, problem)
     if dq.numel():
         _query_gradient(problem, rows, dq)
     if dk.numel() or dv.numel():
@@ -287,11 +287,19 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _delta(
-    dy: torch.Tensor, y: torch.Tensor, rest: torch.Tensor, maxima: torch.Tensor, problem: Problem
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    rest: torch.Tensor,
+    maxima: torch.Tensor,
+    sums: torch.Tensor,
+    problem: Problem,
 ) -> torch.Tensor:
-    """Σ dy (y + rest) of each row."""
+    """Σ dy y of each row, of 16 bits with y's rest; wider, as ``_query_gradient`` finds it."""
     delta, launch = torch.empty_like(maxima), DELTA_LAUNCH
     if delta.numel() == 0:
+        return delta
+    if dy.dtype.itemsize > 2:
+        _query_gradient(problem, (dy, maxima, sums, delta), None)
         return delta
     n_rows, head_v = y.shape[2:]
     run(
@@ -304,13 +312,15 @@ def _delta(
     return delta
 
 
-def _query_gradient(problem: Problem, rows: Rows, dq: torch.Tensor) -> None:
+def _query_gradient(problem: Problem, rows: Rows, dq: torch.Tensor | None) -> None:
+    """dq; without one, the delta of ``rows``."""
+    strides = problem.strides(rows[0], rows[0] if dq is None else dq)
     launch = problem.launch("query_gradient")
     n_blocks = cdiv(problem.n_queries, launch.block_queries)
     run(
         NAME_BACKWARD, attention_query_gradient_kernel,
         (n_blocks * problem.n_batches * problem.n_heads,),
-        *problem.inputs(), *rows, dq, *problem.sizes(), *problem.strides(rows[0], dq),
+        *problem.inputs(), *rows, dq, *problem.sizes(), *strides,
         *problem.stat_strides(), *problem.scalars(), problem.scale,
         launch=launch, NATURAL=problem.is_natural, EXACT=problem.is_exact,
         UNEVEN=problem.is_uneven(launch), **problem.constants(),

@@ -105,9 +105,9 @@ def slope_of(slopes_ptr, at, NATURAL: tl.constexpr):
 @triton.jit
 def batch_of_mask(mask_batches_ptr, batch):
     """Which of a mask's batches belongs to a batch: they may be repeated in any pattern."""
-    if mask_batches_ptr is None:
-        return batch
-    return tl.load(mask_batches_ptr + batch)
+    if mask_batches_ptr is not None:
+        batch = tl.load(mask_batches_ptr + batch)
+    return batch
 
 
 @triton.jit

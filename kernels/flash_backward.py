@@ -32,7 +32,7 @@ from gpunn.kernels.philox import dropout_factor
 
 @triton.jit
 def row_statistics(maxima_ptr, sums_ptr, delta_ptr, at, mask, EXACT: tl.constexpr):
-    """What to subtract from the scores of rows, what to multiply exp of it by, and delta.
+    """What to subtract from the scores of rows, what to multiply exp of it by, and delta, or 0.
 
     Not EXACT, the sum is subtracted too, and saves a multiplication; the difference is rounded as
     its larger part, of which 16-bit results see nothing.
@@ -40,7 +40,9 @@ def row_statistics(maxima_ptr, sums_ptr, delta_ptr, at, mask, EXACT: tl.constexp
     shift = finite(tl.load(maxima_ptr + at, mask=mask, other=float("inf")))
     total = tl.load(sums_ptr + at, mask=mask, other=1.0)
     total = tl.where(total == 0, 1.0, total)
-    delta = tl.load(delta_ptr + at, mask=mask, other=0.0)
+    delta = tl.zeros_like(total)
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr + at, mask=mask, other=0.0)
     if EXACT:
         return shift, 1 / total, delta
     return shift + tl.log2(total), total, delta
@@ -206,7 +208,11 @@ def attention_query_gradient_kernel(
     BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq. A program owns BLOCK_QUERIES rows of one head, the last ones first."""
+    """dq, or, without ``dq_ptr``, delta. A program owns rows of one head, the last ones first.
+
+    Delta is Σ p dp then, of the very p and dp that ds = p (dp - delta) is made of: where they
+    cancel, float32's Σ dy y would leave its rounding errors.
+    """
     n_blocks = tl.cdiv(n_queries, BLOCK_QUERIES)
     row = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_QUERIES
     index = tl.program_id(0) // n_blocks
@@ -222,15 +228,17 @@ def attention_query_gradient_kernel(
     row_index = row + tl.arange(0, BLOCK_QUERIES)
     first_stat = batch * stride_stat_batch + head * stride_stat_head + first_q
     shift, factor, delta = row_statistics(
-        maxima_ptr, sums_ptr, delta_ptr, first_stat + row_index, row_index < n_q, EXACT
-    )
+        maxima_ptr, sums_ptr, None if dq_ptr is None else delta_ptr, first_stat + row_index,
+        row_index < n_q, EXACT
+    )  # fmt: skip
     q = load_rows(q_ptr + at_q, row, n_q, stride_q_row, stride_q_col, HEAD, BLOCK_QUERIES,
                   BLOCK_HEAD)  # fmt: skip
     dy = load_rows(dy_ptr + at_dy, row, n_q, stride_dy_row, stride_dy_col, HEAD_V, BLOCK_QUERIES,
                    BLOCK_HEAD_V)  # fmt: skip
     offset, rows = n_k - n_q if LOWER_RIGHT else 0, row_index[:, None]
-    out_type: tl.constexpr = tl.float64 if dq_ptr.dtype.element_ty == tl.float64 else tl.float32
+    out_type: tl.constexpr = maxima_ptr.dtype.element_ty
     dq = tl.zeros((BLOCK_QUERIES, BLOCK_HEAD), dtype=out_type)
+    total = tl.zeros((BLOCK_QUERIES,), dtype=out_type)
     start, _whole_start, _whole_end, end = visible_range(
         row + offset, tl.minimum(row + BLOCK_QUERIES, n_q) - 1 + offset,
         tl.where(row < n_q, n_k, 0), before, after, BEFORE, AFTER, BLOCK_KEYS
@@ -256,16 +264,22 @@ def attention_query_gradient_kernel(
                     seed_ptr, first_stat + row_index, key, n_keys, threshold, dropout_scale,
                     QUADS, BLOCK_QUERIES, BLOCK_KEYS,
                 )  # fmt: skip
-            _kept, _ds, dz = tile_gradients(
+            _kept, ds, dz = tile_gradients(
                 products, dp, bias, shift[:, None], factor[:, None], delta[:, None], dropped,
                 rows, cols, n_k, slope, scale, softcap, before, after, offset,
                 mask_ptr is not None, slopes_ptr is not None, HAS_SOFTCAP, seed_ptr is not None,
                 BEFORE, AFTER, NATURAL, EXACT, BEFORE or AFTER or UNEVEN,
             )  # fmt: skip
-            dq = tl.dot(dz.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=out_type)
-    dq_ptr += batch * stride_dq_batch + head * stride_dq_head + first_q * stride_dq_row
-    store_rows(dq_ptr, dq * gradient_scale, row, n_q, stride_dq_row, stride_dq_col, HEAD,
-               BLOCK_QUERIES, BLOCK_HEAD)  # fmt: skip
+            if dq_ptr is None:
+                total += tl.sum(ds, 1)
+            else:
+                dq = tl.dot(dz.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=out_type)
+    if dq_ptr is None:
+        tl.store(delta_ptr + first_stat + row_index, total, mask=row_index < n_q)
+    else:
+        dq_ptr += batch * stride_dq_batch + head * stride_dq_head + first_q * stride_dq_row
+        store_rows(dq_ptr, dq * gradient_scale, row, n_q, stride_dq_row, stride_dq_col, HEAD,
+                   BLOCK_QUERIES, BLOCK_HEAD)  # fmt: skip
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def _packed() -> None:
     query = meta(1, HEADS, LENGTH, 64)
     starts = meta(9, dtype=torch.int32)
     rules = 0.1, 0.0, 0.0, -1, 0, False
-    arguments = query, query, query, None, None, None, starts, starts, 512, 512, *rules
+    arguments = query, query, query, None, None, None, None, starts, starts, 512, 512, *rules
     launchers["attention_forward"](True, *arguments)
     statistics = (meta(1, HEADS, LENGTH, dtype=torch.float32) for _ in range(2))
     launchers["attention_backward"](
