@@ -16,8 +16,10 @@ thousandfold, against five- to eightfold (Yang et al., 2019, https://arxiv.org/a
 
 Each network has the learning rate that suits it best, of 0.01, 0.02, 0.05 and 0.1, by four-fold
 cross-validation on the training images alone (``--choose-rates`` does it again). The gap depends on
-the time there is: in 12 passes over the images at a rate of 0.02, instead of three, the plain
-network of 32 layers gets to 93 %, that of 56 layers to 42 % (seed 0).
+the time there is: after three passes over the images, instead of two, it is 33, 23 and 16 points at
+32 layers (seeds 0 to 2); after 12, at a rate of 0.02, the plain network of 32 layers gets to 93 %,
+that of 56 layers to 42 % (seed 0). Two passes were chosen by the same cross-validation, in which
+the gap of every fold is above 40 points.
 
 On a GPU it runs on gpunn's kernels, in channels_last, on a CPU on PyTorch's own ops. The printed
 trace of a training step says which ran.
@@ -58,13 +60,13 @@ except ModuleNotFoundError as error:
 
 DEPTHS, QUICK_DEPTHS = (8, 20, 32, 56), (8, 32)
 DEEP = 32  # from this depth on, the residual network has to be the better one
-EXPECTED = 20  # percentage points, at every such depth, in the mean over the seeds
-STEPS = 63  # three passes over the training images
+EXPECTED = 20  # percentage points, at every such depth and for every seed
+STEPS = 42  # two passes over the training images
 # Learning rates, which fall linearly to 0 over the run: by depth, residual or not. The best in
 # cross-validation, as choose_rates found them; the lower one of equals.
 RATES = {
-    (8, True): 0.1, (20, True): 0.1, (32, True): 0.05, (56, True): 0.02,
-    (8, False): 0.1, (20, False): 0.05, (32, False): 0.05, (56, False): 0.01,
+    (8, True): 0.1, (20, True): 0.05, (32, True): 0.05, (56, True): 0.02,
+    (8, False): 0.1, (20, False): 0.1, (32, False): 0.05, (56, False): 0.01,
 }  # fmt: skip
 CANDIDATES = (0.01, 0.02, 0.05, 0.1)
 N_FOLDS = 4
@@ -321,7 +323,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         "--quick", action="store_true", help=f"only the depths {QUICK_DEPTHS}, and one seed"
     )
     parser.add_argument(
-        "--choose-rates", action="store_true", help="only compare learning rates: 8 minutes"
+        "--choose-rates", action="store_true", help="only compare learning rates: 6 minutes"
     )
     given = parser.parse_args(argv)
     if given.seeds < 1:
@@ -346,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console().print(table_of(result, options))
     print("Pictures:", *result.pictures)
     deep = [depth for depth in result.depths() if depth >= DEEP]
-    gaps = ", ".join(f"at depth {d}: {np.mean(result.gaps(d)):+.1f} points" for d in deep)
+    gaps = ", ".join(f"at depth {d}: {min(result.gaps(d)):+.1f} points or more" for d in deep)
     print(f"Residual over plain {gaps} (expected: at least {EXPECTED})")
     return 0
 
