@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import triton
@@ -38,8 +39,7 @@ class MachineCode:
     log: str
     """What the assembler said."""
     ptx: str
-    assembly: str | None
-    """The instructions, as text; None where no disassembler can read them."""
+    cubin: bytes
 
 
 def compiled(call: Call, capability: int) -> MachineCode:
@@ -66,10 +66,15 @@ def disassemblers() -> list[Path]:
 
 def disassembled(cubin: bytes) -> str | None:
     """The instructions of a binary, by the first disassembler that can read it."""
+    return _disassembled(cubin, tuple(disassemblers()))
+
+
+@lru_cache(64)  # launches that differ in numbers alone have the same code
+def _disassembled(cubin: bytes, tools: tuple[Path, ...]) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        for tool in disassemblers():
+        for tool in tools:
             # without its analysis of the data flow, which takes as long and is not looked at
             done = subprocess.run([tool, "-c", "-ndf", file], capture_output=True, text=True)
             if done.returncode == 0:
@@ -114,10 +119,11 @@ def _by_triton(call: Call, capability: int) -> MachineCode:
         shared_memory=found.metadata.shared,
         log=log,
         ptx=found.asm["ptx"],
-        assembly=disassembled(found.asm["cubin"]),
+        cubin=found.asm["cubin"],
     )
 
 
+@lru_cache(64)
 def _assembled(ptx: str, capability: int) -> str:
     """What Triton's assembler says of a kernel; Triton itself does not keep it."""
     architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
@@ -151,5 +157,5 @@ def _by_nvrtc(kernel: CudaKernel, call: Call, capability: int) -> MachineCode:
         shared_memory=int(shared_memory[1]) if shared_memory else 0,
         log=binary.log,
         ptx=binary.ptx,
-        assembly=disassembled(binary.cubin),
+        cubin=binary.cubin,
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from gpunn.kernels.launch import Call, Device
-from gpunn.profiling.machine_code import compiled
+from gpunn.profiling.machine_code import compiled, disassembled
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # Bytes of shared memory that one block may have; the compiler does not check it. And the
@@ -76,6 +76,35 @@ COUNTED = {
 }
 
 
+# The same in PTX, for which no disassembler is needed. The assembler neither joins accesses nor
+# splits them; how many instructions it makes of the rest is not to be seen here.
+COUNTED_IN_PTX = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "mma": r"\b(?:mma\.sync|tcgen05\.mma)",
+    "wide_accesses": r"(?<![.\w])(?:ld|st)(?=\.)(?!\.(?:param|shared|local|const))[\w.:]*"
+    r"\.(?:v4\.\w32|v[24]\.\w64|v8\.\w(?:16|32)|b128)\b"
+    r"|\bcp\.async\.c[ag]\.[^;]*?\],\s*(?:0x10|16)\b"
+    r"|\bcp\.async\.bulk\.tensor[\w.:]*\.global",
+    "accesses": r"(?<![.\w])(?:ld|st)\.(?!param|shared|local|const)|\bcp\.async\.c[ag]\."
+    r"|\bcp\.async\.bulk\.tensor[\w.:]*\.global",
+}
+
+
+def _counts(assembly: str | None) -> dict[str, int | None]:
+    return {
+        name: None if assembly is None else len(re.findall(pattern, assembly))
+        for name, pattern in COUNTED.items()
+    }
+
+
+def counts_in_ptx(ptx: str) -> dict[str, int | None]:
+    """What COUNTED counts, in PTX; None of instructions."""
+    counts: dict[str, int | None] = {"instructions": None}
+    found = {name: len(re.findall(pattern, ptx)) for name, pattern in COUNTED_IN_PTX.items()}
+    counts["narrow_accesses"] = found.pop("accesses") - found["wide_accesses"]
+    return counts | found
+
+
 def _occupancy(registers: int, shared_memory: int, n_threads: int, capability: int) -> float:
     per_thread = -(-max(registers, 1) // 8) * 8
     by_registers = REGISTERS // (per_thread * n_threads)
@@ -84,14 +113,14 @@ def _occupancy(registers: int, shared_memory: int, n_threads: int, capability: i
     return min(by_registers, by_memory, THREADS // n_threads, BLOCKS) * n_threads / THREADS
 
 
-def report(call: Call, capability: int) -> Report:
-    """Compile a captured launch and read its machine code."""
+def report(call: Call, capability: int, from_ptx: bool = False) -> Report:
+    """Compile a captured launch and read its machine code.
+
+    ``from_ptx``: count in the code as it was before it was assembled, which takes less time.
+    """
     code = compiled(call, capability)
-    log, text = code.log, code.assembly
-    counts = {
-        name: None if text is None else len(re.findall(pattern, text))
-        for name, pattern in COUNTED.items()
-    }
+    log = code.log
+    counts = counts_in_ptx(code.ptx) if from_ptx else _counts(disassembled(code.cubin))
     return Report(
         kernel=code.kernel,
         launch=str(call.launch),

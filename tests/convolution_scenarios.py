@@ -86,5 +86,6 @@ def convolution_scenarios() -> dict[str, Scenario]:
                 precise = partial(_with_precision, name.startswith("ieee"), launch)
                 # of the weight's gradient, the sum of the parts is no product
                 cores = dtype == HALF and name != "depthwise" and kind != "weight"
-                found[f"convolution-{kind}-{name}{layout}"] = Scenario(precise, tensor_cores=cores)
+                chips = (80, 90, 100) if channels_last else (90,)
+                found[f"convolution-{kind}-{name}{layout}"] = Scenario(precise, cores, False, chips)
     return found

@@ -38,7 +38,7 @@ class Scenario:
             "WGMMA serialised": report.serialised_wgmma,
             "WGMMA in flight with a register operand": report.register_operand_in_pipeline,
         }
-        if report.instructions is not None:
+        if report.mma is not None:
             wrong |= self._faults_of_code(report)
         return [fault for fault, holds in wrong.items() if holds]
 

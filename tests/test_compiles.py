@@ -56,7 +56,7 @@ def test_compiles(name: str, chip: int, compiled: Callable[[str, int], list[Repo
     assert reports, "the scenario launches nothing"
     for report in reports:
         assert not scenario.faults(report), report
-    if scenario.reads_code and any(report.instructions is None for report in reports):
+    if scenario.reads_code and any(report.mma is None for report in reports):
         pytest.skip("no disassembler here can read the code: its instructions are not known")
 
 
@@ -185,7 +185,7 @@ def test_a_fault_is_found(
     name: str, n_warps: int, constants: dict[str, Any], scenario: Scenario, fault: str
 ) -> None:
     report = report_on(name, n_warps, **constants)
-    if scenario.reads_code and report.instructions is None:
+    if scenario.reads_code and report.mma is None:
         pytest.skip("no disassembler here can read the code: its instructions are not known")
     assert fault in scenario.faults(report), report
     assert not PLAIN.faults(report_on("copy_kernel", 8, T=torch.float32, N=4))

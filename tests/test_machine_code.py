@@ -20,7 +20,7 @@ from gpunn.kernels.nvrtc import NoCompilerError
 from gpunn.profiling import command, machine_code
 from gpunn.profiling.command import StaticRow
 from gpunn.profiling.machine_code import disassembled, disassemblers
-from gpunn.profiling.static_report import Report, report
+from gpunn.profiling.static_report import Report, counts_in_ptx, report
 from kit import CudaText
 
 SOURCE = """
@@ -229,3 +229,50 @@ def test_memory_of_a_threads_own_is_remarked(nvrtc: None) -> None:
     call = Call(CudaText(source, "indexed_kernel"), (1,), (), keywords, LAUNCH)
     row = StaticRow("pooling", "indexed_kernel", "8 warps", 90, ["a case"], report(call, 90))
     assert row.remarks() == "128 bytes of stack"
+
+
+def test_accesses_and_tensor_cores_are_counted_in_ptx_as_well(nvrtc: None) -> None:
+    """Without a disassembler, and to the same numbers."""
+    for n, dtype in ((8, torch.float16), (4, torch.float32)):
+        call = call_of(n, T=dtype)
+        assembled, ptx = report(call, 90), report(call, 90, from_ptx=True)
+        assert ptx.instructions is None
+        assert (ptx.wgmma, ptx.mma) == (0, 0)
+        accesses = ptx.wide_accesses, ptx.narrow_accesses
+        assert accesses == (0, 2)
+        if assembled.instructions is not None:
+            assert accesses == (assembled.wide_accesses, assembled.narrow_accesses)
+
+
+def test_what_counts_as_an_access_in_ptx() -> None:
+    wide = """
+        ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];
+        @%p1 ld.global.L1::evict_first.L2::cache_hint.v2.b64 {%rd1, %rd2}, [%rd3], %rd4;
+        st.global.v8.b32 [%rd1], {%r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8};
+        ld.v4.f32 {%f1, %f2, %f3, %f4}, [%rd1];
+        cp.async.cg.shared.global [%r1], [%rd1], 0x10, %r2;
+        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier [%r1], [%rd1, {%r2, %r3}], [%r4];
+    """
+    narrow = """
+        ld.global.nc.v2.f32 {%f1, %f2}, [%rd1];
+        st.global.b16 [%rd1], %rs1;
+        cp.async.ca.shared.global [%r1], [%rd1], 0x4;
+    """
+    neither = """
+        ld.param.b64 %rd1, [p];
+        st.shared.v4.b32 [%r1], {%r1, %r2, %r3, %r4};
+        tcgen05.ld.sync.aligned.32x32b.x64.b32 {%r1}, [%r2];
+        tcgen05.st.sync.aligned.32x32b.x64.b32 [%r2], {%r1};
+    """
+    tensor_cores = """
+        wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, 1;
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
+        tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, 1;
+    """
+    assert counts_in_ptx(wide + narrow + neither + tensor_cores) == {
+        "wgmma": 1,
+        "mma": 2,
+        "wide_accesses": 6,
+        "narrow_accesses": 3,
+        "instructions": None,
+    }
