@@ -13,7 +13,9 @@ import torch
 import gpunn.nn
 
 # What gpunn's layers have beside torch's attributes, and the values that ask for nothing.
-PLAIN = {"activation": None, "dropout_p": 0.0, "return_sum": False, "scale": 1.0}
+PLAIN = {
+    "activation": None, "dropout_p": 0.0, "positional": None, "return_sum": False, "scale": 1.0,
+}  # fmt: skip
 
 
 @dataclass
@@ -77,11 +79,11 @@ def _change_classes(
 
 def _reason_to_keep(module: torch.nn.Module) -> str | None:
     """Why a layer should stay what it is, although its class has a counterpart."""
-    given = vars(module)
+    given = vars(module) | module._parameters | module._buffers
     fusing = (
         torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm,
         torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.Softmax, torch.nn.LogSoftmax,
-        torch.nn.Softmin,
+        torch.nn.Softmin, torch.nn.Embedding,
     )  # fmt: skip
     if type(module).__module__.startswith("gpunn."):
         if not _namesake(type(module)):

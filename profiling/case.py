@@ -36,7 +36,7 @@ class Case:
     make: Callable[[torch.device, torch.dtype, int], Tensors]
     """(device, dtype, seed) to random inputs, or, on the meta device, to their shapes.
 
-    The last is dy, if gradients are wanted.
+    The last is dy, if gradients are wanted; the last ones, of several results.
     """
     ours: Function
     theirs: Function
@@ -50,6 +50,10 @@ class Case:
     """What is timed: forward without gradients, backward alone, or a step of both."""
     wanted: tuple[int, ...] = ()
     """The inputs whose gradients are wanted."""
+    n_results: int = 1
+    """Where a function does not give one tensor, the length of its tuple."""
+    reads_all: bool = True
+    """Whether a forward pass reads its inputs whole, and not what indices among them name."""
     library: Callable[..., torch.Tensor] | None = None
     """A bare product as torch.mm (cuBLAS), from all inputs, where the case is one."""
     rivals: Mapping[str, Function] = field(default_factory=dict)
@@ -82,8 +86,8 @@ class Case:
     def prepared(self, function: Function, inputs: Tensors) -> Callable[[], Tensors]:
         """The call to be timed; a backward alone has its forward done here, and its graph kept."""
         if self.mode == "forward":
-            return lambda: (function(*inputs),)
-        *given, dy = inputs
+            return lambda: (function(*inputs),) if self.n_results == 1 else tuple(function(*inputs))
+        given, dy = inputs[: -self.n_results], inputs[-self.n_results :]
         leaves = [
             t.detach().requires_grad_(i in self.wanted) if t.is_floating_point() else t
             for i, t in enumerate(given)

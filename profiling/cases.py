@@ -9,10 +9,12 @@ from gpunn.profiling.convolution_cases import convolution_cases
 from gpunn.profiling.cross_entropy_cases import cross_entropy_cases
 from gpunn.profiling.dropout_cases import dropout_cases
 from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
+from gpunn.profiling.embedding_cases import embedding_cases
 from gpunn.profiling.layer_norm_cases import layer_norm_cases
 from gpunn.profiling.linear_cases import linear_cases
 from gpunn.profiling.model_cases import model_cases
 from gpunn.profiling.pooling_cases import pooling_cases
+from gpunn.profiling.rotary_embedding_cases import rotary_embedding_cases
 from gpunn.profiling.softmax_cases import softmax_cases
 
 CASES: dict[str, list[Case]] = {
@@ -24,6 +26,8 @@ CASES: dict[str, list[Case]] = {
     "layer_norm": layer_norm_cases(),
     "attention": attention_cases(),
     "cross_entropy": cross_entropy_cases(),
+    "embedding": embedding_cases(),
+    "rotary_embedding": rotary_embedding_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
     "softmax": softmax_cases(),

@@ -139,7 +139,7 @@ def test_ours_and_theirs_compute_the_same_with_the_launches_of_the_static_report
         (r.kernel, r.launch) for r in trace.launches
     ]
     assert not trace.fallbacks
-    if small.mode == "forward":
+    if small.mode == "forward" and small.reads_all:
         assert small.bytes == sum(tensor.nbytes for tensor in (*inputs, *got))
     if small.library is not None:
         product = (small.library(*inputs),)

@@ -11,10 +11,12 @@ from gpunn.checks import (
     convolution,
     cross_entropy,
     dropout,
+    embedding,
     glu,
     layer_norm,
     linear,
     pooling,
+    rotary_embedding,
     softmax,
 )
 from gpunn.checks.comparison import Check
@@ -26,9 +28,11 @@ CHECKS: dict[str, list[Check]] = {
     "convolution": convolution.CHECKS,
     "cross_entropy": cross_entropy.CHECKS,
     "dropout": dropout.CHECKS,
+    "embedding": embedding.CHECKS,
     "glu": glu.CHECKS,
     "layer_norm": layer_norm.CHECKS,
     "linear": linear.CHECKS,
     "pooling": pooling.CHECKS,
+    "rotary_embedding": rotary_embedding.CHECKS,
     "softmax": softmax.CHECKS,
 }

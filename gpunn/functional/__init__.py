@@ -38,6 +38,7 @@ from gpunn.functional.dropout import (
     dropout_mask,
     feature_alpha_dropout,
 )
+from gpunn.functional.embedding import embedding, sinusoidal_encoding
 from gpunn.functional.glu import geglu, glu, reglu, swiglu
 from gpunn.functional.layer_norm import layer_norm, rms_norm
 from gpunn.functional.linear import linear
@@ -53,6 +54,7 @@ from gpunn.functional.pooling import (
     max_unpool1d,
     max_unpool2d,
 )
+from gpunn.functional.rotary_embedding import rotary_embedding, rotary_tables
 from gpunn.functional.softmax import log_softmax, softmax, softmin
 from gpunn.functional.sync_batch_norm import sync_batch_norm
 
@@ -81,6 +83,7 @@ __all__ = [
     "dropout3d",
     "dropout_mask",
     "elu",
+    "embedding",
     "feature_alpha_dropout",
     "geglu",
     "gelu",
@@ -103,10 +106,13 @@ __all__ = [
     "relu",
     "relu6",
     "rms_norm",
+    "rotary_embedding",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "selu",
     "sigmoid",
     "silu",
+    "sinusoidal_encoding",
     "softmax",
     "softmin",
     "softplus",

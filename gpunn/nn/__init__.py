@@ -50,6 +50,7 @@ from gpunn.nn.dropout import (
     Dropout3d,
     FeatureAlphaDropout,
 )
+from gpunn.nn.embedding import Embedding, PositionalEncoding
 from gpunn.nn.glu import GEGLU, GLU, ReGLU, SwiGLU
 from gpunn.nn.layer_norm import LayerNorm, RMSNorm
 from gpunn.nn.linear import Linear
@@ -65,6 +66,7 @@ from gpunn.nn.pooling import (
     MaxUnpool1d,
     MaxUnpool2d,
 )
+from gpunn.nn.rotary_embedding import RotaryEmbedding
 from gpunn.nn.softmax import LogSoftmax, Softmax, Softmax2d, Softmin
 
 __all__ = [
@@ -93,6 +95,7 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "Embedding",
     "FeatureAlphaDropout",
     "Flatten",
     "Hardshrink",
@@ -116,10 +119,12 @@ __all__ = [
     "Parameter",
     "ParameterDict",
     "ParameterList",
+    "PositionalEncoding",
     "RMSNorm",
     "ReGLU",
     "ReLU",
     "ReLU6",
+    "RotaryEmbedding",
     "ScaledDotProductAttention",
     "Sequential",
     "SiLU",
