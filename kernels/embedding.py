@@ -296,4 +296,4 @@ def _by_position(dy: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Ten
     """The positions of tokens in order, and the tokens: those of each, of all sequences."""
     token = torch.arange(dy.shape[0], device=dy.device).view(-1, length)
     position = torch.arange(length, device=dy.device)[:, None].expand(length, token.shape[0])
-    return position.reshape(-1), token.t().reshape(-1)
+    return position.flatten().contiguous(), token.t().flatten().contiguous()

@@ -17,12 +17,14 @@ from batch_norm_scenarios import batch_norm_scenarios
 from convolution_scenarios import convolution_scenarios
 from cross_entropy_scenarios import cross_entropy_scenarios
 from cuda_scenarios import cuda_scenarios
+from embedding_scenarios import embedding_scenarios
 from gpunn.functional.glu import GATES
 from gpunn.kernels import glu, launch, product
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import launchers
 from gpunn.kernels.product import Epilogue, MatmulLaunch
 from gpunn.profiling.static_report import Report, chip, meta, report
+from rotary_embedding_scenarios import rotary_embedding_scenarios
 from row_norm_scenarios import row_norm_scenarios
 from scenario import Scenario
 from softmax_scenarios import softmax_scenarios
@@ -177,6 +179,8 @@ SCENARIOS = {
     **row_norm_scenarios(),
     **softmax_scenarios(),
     **cross_entropy_scenarios(),
+    **embedding_scenarios(),
+    **rotary_embedding_scenarios(),
     **cuda_scenarios(),
 }
 

@@ -37,7 +37,7 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "BatchNorm1d": [(3, 1e-3, 0.3), (3, 1e-5, None, False), (3, 1e-5, 0.1, True, False)],
     "BatchNorm2d": [(3, 1e-3, 0.3), (3, 1e-5, None, False), (3, 1e-5, 0.1, True, False)],
     "BatchNorm3d": [(3, 1e-3, 0.3), (3, 1e-5, 0.1, False, False)],
-    "CELU": [(0.5,)],
+    **dict.fromkeys(("CELU", "ELU"), [(0.5,)]),
     "Conv1d": [(3, 4, 2), (3, 6, 3, 2, 1, 2, 3, False)],
     "Conv2d": [(3, 4, 3, 1, "same"), (3, 6, (2, 3), 1, 1, 1, 3, True, "reflect")],
     "ConvTranspose1d": [(3, 4, 3, 2, 1, 1)],
@@ -46,7 +46,7 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
         ("AlphaDropout", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"),
         CERTAIN,
     ),
-    "ELU": [(0.5,)],
+    "Embedding": [(9, 5), (9, 5, -2)],
     "GELU": [("tanh",)],
     "GLU": [(0,)],
     **{name: [(0.25,)] for name in ("Hardshrink", "LeakyReLU", "Softshrink")},
@@ -62,7 +62,7 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "SyncBatchNorm": [(3, 1e-3, 0.3)],
 }
 # Layers that have no defaults for all arguments, or are random with them.
-WITHOUT_DEFAULTS = {"Linear"} | {
+WITHOUT_DEFAULTS = {"Embedding", "Linear"} | {
     name
     for name in NAMESAKES
     if any(part in name for part in ("Conv", "Dropout", "Norm", "oftm", "ool"))
@@ -158,12 +158,13 @@ LAYER_CASES = [
 def inputs_of(name: str, device: str) -> tuple[torch.Tensor, ...]:
     """What a layer takes; of unpooling also where in a plane of its output the values belong."""
     x = torch.randn(SHAPES.get(name, (4, 6)), device=device)
+    if name == "Embedding":
+        return (torch.arange(8, device=device).view(2, 4),)
     if name.endswith("Loss"):
         return x, torch.arange(4, device=device)
     if not name.startswith("MaxUnpool"):
         return (x,)
-    plane = x[0].numel()
-    return x, torch.arange(plane, device=device).view(x.shape[1:]).expand(x.shape).contiguous()
+    return x, torch.arange(x[0].numel(), device=device).view(x.shape[1:]).expand_as(x).contiguous()
 
 
 @pytest.mark.parametrize(("name", "arguments"), LAYER_CASES, ids=str)

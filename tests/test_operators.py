@@ -120,6 +120,22 @@ def row_arguments(device: str) -> dict[str, tuple[object, ...]]:
     }
 
 
+def embedding_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """With all that is fused; queries and keys of grouped heads, turned in part."""
+    weight, positional, dy = (torch.randn(n, 6, device=device) for n in (7, 5, 8))
+    indices, seed = torch.arange(8, device=device) % 5, torch.randint(2**62, (1,), device=device)
+    query, key = torch.randn(2, 3, 4, 10, device=device), torch.randn(2, 3, 2, 10, device=device)
+    cos, sin = torch.rand(1, 3, 8, device=device), torch.rand(1, 3, 8, device=device)
+    return {
+        "embedding_forward": (
+            indices.int(), weight, indices, positional, seed, 4, 2.0, 0.3, torch.float16
+        ),
+        "embedding_backward": (dy, indices, seed, 4, 7, 2, 2.0, 0.3, torch.float16),
+        "rotary_embedding": (query.transpose(1, 2).half(), key.transpose(1, 2), cos, sin, 4, True,
+                             False),
+    }  # fmt: skip
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Arguments for every registered op, of which none requires a gradient."""
     x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
@@ -128,7 +144,7 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     wide = torch.randn(4, 6, device=device)
     images = convolution_arguments(device) | pooling_arguments(device)
     images |= batch_norm_arguments(device) | attention_arguments(device)
-    images |= row_norm_arguments(device) | row_arguments(device)
+    images |= row_norm_arguments(device) | row_arguments(device) | embedding_arguments(device)
     return images | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),
