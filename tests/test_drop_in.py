@@ -37,7 +37,7 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "BatchNorm1d": [(3, 1e-3, 0.3), (3, 1e-5, None, False), (3, 1e-5, 0.1, True, False)],
     "BatchNorm2d": [(3, 1e-3, 0.3), (3, 1e-5, None, False), (3, 1e-5, 0.1, True, False)],
     "BatchNorm3d": [(3, 1e-3, 0.3), (3, 1e-5, 0.1, False, False)],
-    **dict.fromkeys(("CELU", "ELU"), [(0.5,)]),
+    **{name: [(0.5,)] for name in ("CELU", "ELU")},
     "Conv1d": [(3, 4, 2), (3, 6, 3, 2, 1, 2, 3, False)],
     "Conv2d": [(3, 4, 3, 1, "same"), (3, 6, (2, 3), 1, 1, 1, 3, True, "reflect")],
     "ConvTranspose1d": [(3, 4, 3, 2, 1, 1)],
