@@ -257,7 +257,7 @@ def test_nan_and_infinity_stay_in_their_row(value: float, device: str, short_pie
 def test_an_index_of_no_row(
     index: int, device: str, monkeypatch: pytest.MonkeyPatch, short_pieces: None
 ) -> None:
-    """Refused on a CPU; where the host does not look, NaN, without a gradient."""
+    """Refused on a CPU; where the host does not look, NaN, and nothing is written for it."""
     indices = torch.tensor([2, index, 2, 3], device=device).repeat(6)
     weight = torch.randn(4, 3, device=device).requires_grad_()
     if device == "cpu":
@@ -269,6 +269,8 @@ def test_an_index_of_no_row(
             with pytest.raises(IndexError, match="index out of range"):
                 GF.embedding(given_indices, weight, positional=table, **options)  # type: ignore[arg-type]
         monkeypatch.setattr(kernels, "refuse_strangers", lambda indices, n_rows: None)
+    around = torch.ones(12, 3, device=device)
+    monkeypatch.setattr(kernels, "_backward_fake", lambda *arguments: around[4:8])
     y = GF.embedding(indices, weight)
     assert y[1::4].isnan().all()
     torch.testing.assert_close(y[::2], weight[2].expand(12, 3))
@@ -277,6 +279,8 @@ def test_an_index_of_no_row(
     torch.testing.assert_close(dweight[2], dy[::2].sum(0))
     torch.testing.assert_close(dweight[3], dy[3::4].sum(0))
     assert not dweight[:2].any()
+    assert (around[:4] == 1).all()
+    assert (around[8:] == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (3, 1, 2)])

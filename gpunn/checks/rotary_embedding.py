@@ -24,7 +24,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {
-    "rotary_embedding": Case((5, 2), 20, 64, 64),
+    "rotary_embedding by rotary_tables": Case((5, 2), 20, 64, 64),
     "rotary_embedding, interleaved": Case((2, 2), 7, 20, 20, True),
     "rotary_embedding, heads in part": Case((2, 1), 9, 80, 32),
 }
