@@ -62,7 +62,7 @@ def attention_arguments(device: str) -> dict[str, tuple[object, ...]]:
     rules = 0.3, 2.0, 0.1, 5, 3, True
     whole = query, key, key, mask.half(), slopes, None, seed, None, None, 9, 7, *rules
     y, maxima = torch.randn_like(query), torch.zeros(2, 4, 9, device=device)
-    packed = key[:1], key[:1], key[:1], None, None, None, starts, starts, 4, 4
+    packed = key[:1], key[:1], key[:1], None, None, None, None, starts, starts, 4, 4
     needs, heads = [True, False, True, True], torch.tensor([3, 1], device=device)
     cache, lengths = torch.randn(2, 2, 20, 8, device=device).half(), torch.tensor([20, 3])
     return {
