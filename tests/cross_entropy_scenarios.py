@@ -20,6 +20,7 @@ def _cross_entropy(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Non
         weight, smoothing = meta(shape[1], dtype=dtype), 0.1
     target = meta(*shape, dtype=dtype) if kind == "probabilities" else target
     loss, *kept = launchers["cross_entropy_forward"](x, target, weight, -100, smoothing)
+    launchers["cross_entropy_with_gradient"](x, target, weight, -100, smoothing, True)
     launchers["cross_entropy_backward"](loss, x, target, weight, *kept, -100, smoothing)
 
 
@@ -36,7 +37,13 @@ def cross_entropy_scenarios() -> dict[str, Scenario]:
             )  # fmt: skip
         pixels = partial(_cross_entropy, (64, 20, 4096), torch.bfloat16, kind)
         found[f"cross-entropy-pixels-{kind}"] = Scenario(pixels, capabilities=(90,))
+        if kind != "plain":  # the longest rows that stand in registers
+            row = partial(_cross_entropy, (4096, 8192), torch.float32, kind)
+            found[f"cross-entropy-row-{kind}"] = Scenario(row, capabilities=(90,))
     found["cross-entropy-few"] = Scenario(
         partial(_cross_entropy, (4096, 10), torch.bfloat16, "classes"), capabilities=(90,)
     )
+    dx, number = meta(4096, 4096), meta(dtype=torch.float32)
+    scale = partial(launchers["cross_entropy_scale_gradient"], dx, number)
+    found["cross-entropy-scale"] = Scenario(scale, wide_only=True, narrow_allowed=1)
     return found

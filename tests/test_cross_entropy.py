@@ -8,21 +8,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import gpunn
 import gpunn.functional as GF
 from closeness import assert_accurate
+from gpunn.kernels import cross_entropy as kernels
 from gpunn.kernels import launch
+from gpunn.kernels.cross_entropy import TotalsLaunch
 from gpunn.kernels.launch import Device
+from gpunn.kernels.softmax import SoftmaxLaunch
 from gpunn.reference.cross_entropy import (
     cross_entropy_backward,
     cross_entropy_forward,
     shares,
 )
-from kit import as_numpy, check_gradients, each_dtype, launched, layouts
+from kit import as_numpy, check_gradients, each_dtype, launched, layouts, short_name
 from test_convolution_memory import Nowhere, peak_on_cpu, peak_on_cuda
 
 OPERATORS = ("cross_entropy_forward", "cross_entropy_backward")
+IN_ONE_PASS = ("cross_entropy_with_gradient", "cross_entropy_scale_gradient")
 
 
 def value_and_gradient(
@@ -33,16 +38,20 @@ def value_and_gradient(
     return [y, *torch.autograd.grad(y, leaf, torch.ones_like(y) if dy is None else dy)]
 
 
-def assert_as_torchs(x: torch.Tensor, target: torch.Tensor, **arguments: Any) -> None:
+def assert_as_torchs(
+    x: torch.Tensor, target: torch.Tensor, upstream: float = 1.0, **arguments: Any
+) -> None:
     """Value and gradient, no worse than twice torch's own error; torch in float64 is the truth."""
+    dy = torch.tensor(upstream, device=x.device)
     with gpunn.trace() as trace:
-        got = value_and_gradient(GF.cross_entropy, x, None, target, **arguments)
-    launched(trace, *OPERATORS)
-    baseline = value_and_gradient(F.cross_entropy, x, None, target, **arguments)
+        got = value_and_gradient(GF.cross_entropy, x, dy.to(x.dtype), target, **arguments)
+    launched(trace, *(OPERATORS if x.dtype == torch.float16 else IN_ONE_PASS))
+    baseline = value_and_gradient(F.cross_entropy, x, dy.to(x.dtype), target, **arguments)
     soft = target.double() if target.is_floating_point() else target
     if arguments.get("weight") is not None:
         arguments["weight"] = arguments["weight"].double()
-    exact = value_and_gradient(F.cross_entropy, x.double(), None, soft, **arguments)
+    dy = dy.to(x.dtype).double()
+    exact = value_and_gradient(F.cross_entropy, x.double(), dy, soft, **arguments)
     for mine, truth, torchs in zip(got, exact, baseline, strict=True):
         assert_accurate(mine, as_numpy(truth), torchs)
 
@@ -89,7 +98,7 @@ def test_every_reduction_and_dimension(
         target = torch.randint(5, rows, device=device)
     weight = (torch.rand(5, device=device) + 0.5).to(dtype)
     assert_as_torchs(x, target, reduction=reduction)
-    assert_as_torchs(x, target, reduction=reduction, weight=weight, label_smoothing=0.1)
+    assert_as_torchs(x, target, -2.7, reduction=reduction, weight=weight, label_smoothing=0.1)
 
 
 @each_dtype
@@ -102,13 +111,69 @@ def test_layouts(dtype: torch.dtype, device: str) -> None:
     assert_as_torchs(x, target.transpose(1, 2).contiguous().transpose(1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short_name)
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("shape", [(5, 37), (2, 11, 6)])
+def test_rows_longer_than_a_tile_in_one_pass(
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """They are read again from their end, a tile that is not full; and totals are of many parts."""
+    monkeypatch.setattr(kernels, "LAST", (SoftmaxLaunch(4, block_rows=2, block_cols=16),))
+    monkeypatch.setattr(kernels, "INNER", (SoftmaxLaunch(4, block_rows=4, block_cols=4),))
+    monkeypatch.setattr(kernels, "TOTALS", TotalsLaunch(block_rows=2))
+    monkeypatch.setattr(kernels, "MOST_TOTALS", 2)  # of two or three blocks each
+    x, n_classes = torch.randn(shape, device=device).to(dtype), shape[1]
+    target = torch.randint(n_classes, (shape[0], *shape[2:]), device=device)
+    target.view(-1)[1], target.view(-1)[3] = n_classes - 1, 0
+    weight = (torch.rand(n_classes, device=device) + 0.5).to(dtype)
+    arguments: Any = dict(weight=weight, label_smoothing=0.2)
+    if kind == "probabilities":
+        target = torch.softmax(torch.randn(shape, device=device), 1).to(dtype)
+    else:
+        arguments["ignore_index"] = 0
+        assert_as_torchs(x, target, ignore_index=0)
+    assert_as_torchs(x, target, **arguments)
+    assert_as_torchs(x, target, 0.3, reduction="sum", **arguments)
+
+
+def test_what_a_loss_scale_lifts_in_float16(device: str) -> None:
+    """Gradients that are zero in float16 before the scale, and are not after it, as torch's."""
+    x = 3 * torch.randn(64, 40, device=device).half()
+    target = torch.randint(40, (64,), device=device)
+    scale = torch.tensor(65504.0, device=device).half()
+    (ours,) = value_and_gradient(GF.cross_entropy, x, scale, target)[1:]
+    (theirs,) = value_and_gradient(F.cross_entropy, x, scale, target)[1:]
+    flushed = value_and_gradient(F.cross_entropy, x, None, target)[1] == 0
+    assert (flushed & (theirs != 0)).sum() > 20
+    assert (flushed & (ours != 0)).sum() > 20
+    assert_accurate(ours, as_numpy(value_and_gradient(
+        F.cross_entropy, x.double(), scale.double(), target)[1]), theirs)  # fmt: skip
+
+
+@pytest.mark.parametrize("upstream", [math.nan, math.inf, 0.0])
+def test_ignored_rows_have_no_gradient_whatever_comes(upstream: float, device: str) -> None:
+    x, target = torch.randn(3, 5, device=device), torch.tensor([1, -100, 2], device=device)
+    for arguments in ({}, {"label_smoothing": 0.1}):
+        for dtype in (torch.float32, torch.float16):  # in one pass, and in two
+            dy = torch.tensor(upstream, device=device, dtype=dtype)
+            (dx,) = value_and_gradient(GF.cross_entropy, x.to(dtype), dy, target, **arguments)[1:]
+            assert not dx[1].any()
+            assert dx[[0, 2]].isfinite().all() == math.isfinite(upstream)
+
+
 def test_rows_that_are_all_ignored(device: str) -> None:
     x, target = torch.randn(3, 5, device=device), torch.full((3,), -100, device=device)
     assert GF.cross_entropy(x, target).isnan()
     assert F.cross_entropy(x, target).isnan()
     assert GF.cross_entropy(x, target, reduction="sum") == 0
-    (dx,) = value_and_gradient(GF.cross_entropy, x, None, target, reduction="sum")[1:]
-    assert not dx.any()
+    for reduction in ("sum", "mean"):
+        for dtype in (torch.float32, torch.float16):
+            leaf = x.to(dtype)
+            (dx,) = value_and_gradient(GF.cross_entropy, leaf, None, target, reduction=reduction)[
+                1:
+            ]
+            assert not dx.any()
 
 
 def test_large_logits_and_infinities(device: str) -> None:
@@ -137,16 +202,52 @@ def test_gradcheck() -> None:
     check_gradients(lambda x: GF.cross_entropy(x, soft, reduction="none"), torch.randn(2, 3, 2))
 
 
-def test_backward_twice_and_compiled(device: str) -> None:
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_backward_again(reduction: str, kind: str, device: str) -> None:
+    """The gradient that the forward pass computed is handed out once, to be written to."""
+    x = torch.randn(4, 9, device=device).requires_grad_()
+    target = torch.arange(4, device=device)
+    if kind == "probabilities":
+        target = torch.softmax(torch.randn(4, 9, device=device), 1)
+    dy = torch.randn(4 if reduction == "none" else (), device=device)
+    leaf = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(leaf, target, reduction=reduction), leaf, dy)
+    loss = GF.cross_entropy(x, target, reduction=reduction)
+    (twice,) = torch.autograd.grad(loss, x, dy, create_graph=True)
+    torch.testing.assert_close(twice, expected)
+    for _ in range(3):
+        with gpunn.trace() as trace:
+            (found,) = torch.autograd.grad(loss, x, dy, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+        found.zero_()
+    assert [r.operator for r in trace.launches] == ["cross_entropy_backward"]
+    loss.backward(dy)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed(use_reentrant: bool, device: str) -> None:
     x, target = torch.randn(4, 9, device=device).requires_grad_(), torch.arange(4, device=device)
-    loss = GF.cross_entropy(x, target)
-    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (again,) = torch.autograd.grad(loss, x)
-    assert torch.equal(first, again)
+    loss = checkpoint(GF.cross_entropy, x, target, use_reentrant=use_reentrant)
+    (2 * loss).backward()
+    (expected,) = torch.autograd.grad(2 * F.cross_entropy(x, target), x)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_compiled(device: str) -> None:
+    x, target = torch.randn(4, 9, device=device).requires_grad_(), torch.arange(4, device=device)
+    (expected,) = torch.autograd.grad(GF.cross_entropy(x, target), x)
     torch._dynamo.reset()
     compiled = torch.compile(GF.cross_entropy, fullgraph=True, backend="aot_eager")
-    (dx,) = torch.autograd.grad(compiled(x, target), x)
-    torch.testing.assert_close(dx, first)
+    loss = compiled(x, target)
+    with gpunn.trace() as trace:
+        (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
+    torch.testing.assert_close(dx, expected)
+    assert [r.operator for r in trace.launches] == ["cross_entropy_backward"]
+    assert torch.equal(torch.autograd.grad(loss, x)[0], dx)
 
 
 def test_a_gradient_for_the_target_is_torchs(device: str) -> None:

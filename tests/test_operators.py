@@ -115,6 +115,15 @@ def row_arguments(device: str) -> dict[str, tuple[object, ...]]:
             -100,
             0.1,
         ),
+        "cross_entropy_scale_gradient": (x.clone(), weight[0]),
+        "cross_entropy_with_gradient": (
+            x,
+            torch.arange(6, device=device) % 4,
+            weight,
+            2,
+            0.1,
+            True,
+        ),
         "softmax_forward": (wide.half(), (wide > 0).byte(), 0, 0.5, True, torch.float32),
         "softmax_backward": (wide, wide, 1, 0.5, False, torch.float16),
     }

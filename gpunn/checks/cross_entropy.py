@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,11 +29,13 @@ class Case:
     probabilities: bool = False
     weighted: bool = False
     smoothing: float = 0.0
+    mean: bool = False
 
 
 CASES: dict[str, Case] = {
     "cross_entropy": Case(9, 37),
     "cross_entropy, weights, smoothing": Case(9, 1030, weighted=True, smoothing=0.1),
+    "cross_entropy, mean": Case(9, 5000, weighted=True, mean=True),
     "cross_entropy, more dimensions": Case(12, 10, inner=6),
     "cross_entropy, longer than a tile": Case(3, 5000),
     "cross_entropy of probabilities, weights": Case(9, 37, probabilities=True, weighted=True),
@@ -40,7 +43,7 @@ CASES: dict[str, Case] = {
 
 
 def check_cross_entropy(name: str, dtype: torch.dtype, device: str) -> list[Comparison]:
-    """One case, with the gradient of the logits; each row's loss by itself."""
+    """One case, with the gradient of the logits; each row's loss by itself, or their mean."""
     case = CASES[name]
     shape = (case.rows // case.inner, case.classes, *([case.inner] if case.inner > 1 else []))
     weight = drawn((case.classes,), dtype, device).abs() + 0.5 if case.weighted else None
@@ -48,7 +51,7 @@ def check_cross_entropy(name: str, dtype: torch.dtype, device: str) -> list[Comp
     labels = torch.arange(case.rows, device=device) % case.classes
     labels[1] = -100
     target: Any = soft.to(dtype) if case.probabilities else labels.view(shape[0], *shape[2:])
-    arguments: Any = dict(reduction="none", label_smoothing=case.smoothing)
+    arguments: Any = dict(reduction="mean" if case.mean else "none", label_smoothing=case.smoothing)
 
     def rows_of(array: Array) -> Array:
         found: Array = array.swapaxes(1, -1).reshape(case.rows, -1)
@@ -61,10 +64,14 @@ def check_cross_entropy(name: str, dtype: torch.dtype, device: str) -> list[Comp
         if not case.probabilities:
             share = shares(labels.cpu().numpy(), case.classes, -100, case.smoothing)
         logits = rows_of(x)
-        dx = cross_entropy_backward(dy.reshape(-1), logits, share, scale)
+        weights = scale[labels.cpu().numpy()] * (labels.cpu().numpy() != -100)
+        divisor = weights.sum() if case.mean else 1.0
+        dloss = np.broadcast_to(dy.reshape(-1) / divisor, case.rows)
+        dx = cross_entropy_backward(dloss, logits, share, scale)
         by_row = (shape[0], *shape[2:], case.classes)
+        losses = cross_entropy_forward(logits, share, scale).reshape(shape[0], *shape[2:])
         return {
-            "loss": cross_entropy_forward(logits, share, scale).reshape(shape[0], *shape[2:]),
+            "loss": losses.sum() / divisor if case.mean else losses,
             "dx": dx.reshape(by_row).swapaxes(1, -1) if case.inner > 1 else dx,
         }
 

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from gpunn.functional.dispatch import autocast_is_on, differentiable_gradients, is_tensor
-from gpunn.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from gpunn.kernels.cross_entropy import (
+    cross_entropy_backward,
+    cross_entropy_forward,
+    cross_entropy_scale_gradient,
+    cross_entropy_with_gradient,
+)
 from gpunn.kernels.launch import decline, record_fallback, takes
 
 
@@ -33,14 +38,69 @@ class _CrossEntropy(torch.autograd.Function):
         x, target, weight, row_weight, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             (dx,) = differentiable_gradients(
-                lambda x: _rows_by_torch(x, target, weight, *ctx.options), [x], [True], dloss
+                lambda x: rows_by_torch(x, target, weight, *ctx.options), [x], [True], dloss
             )
         else:
             dx = cross_entropy_backward(dloss, x, target, weight, row_weight, lse, *ctx.options)
         return dx, None, None, None, None
 
 
-def _rows_by_torch(
+class _ReducedCrossEntropy(torch.autograd.Function):
+    """The sum or the mean, whose gradient is computed with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None,
+        ignore_index: int,
+        smoothing: float,
+        reduction: str,
+    ) -> torch.Tensor:
+        loss, row_weight, lse, dx = cross_entropy_with_gradient(
+            x, target, weight, ignore_index, smoothing, reduction == "mean"
+        )
+        ctx.save_for_backward(x, target, weight, row_weight, lse, dx)
+        ctx.options, ctx.reduction = (ignore_index, smoothing), reduction
+        ctx.is_spent = False
+        return reduced(loss, row_weight, target, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, dvalue: torch.Tensor) -> tuple[Any, ...]:
+        x, target, weight, row_weight, lse, dx = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            (dx,) = differentiable_gradients(
+                lambda x: reduced(
+                    rows_by_torch(x, target, weight, *ctx.options), row_weight, target,
+                    ctx.reduction,
+                ), [x], [True], dvalue,
+            )  # fmt: skip
+        elif not ctx.is_spent:
+            # What is handed out may be written to, here and by whoever takes it. It has a version
+            # of its own, so that the saved tensors of a later backward still count as unchanged.
+            ctx.is_spent, dx = True, dx.data
+            cross_entropy_scale_gradient(dx, dvalue)
+        else:
+            n_rows = row_weight.numel()
+            total = row_weight.sum() if not target.is_floating_point() else n_rows
+            dloss = (dvalue / total if ctx.reduction == "mean" else dvalue).expand(lse.shape)
+            dx = cross_entropy_backward(dloss, x, target, weight, row_weight, lse, *ctx.options)
+        return dx, None, None, None, None, None
+
+
+def reduced(
+    loss: torch.Tensor, row_weight: torch.Tensor, target: torch.Tensor, reduction: str
+) -> torch.Tensor:
+    """The rows' losses, summed for "sum"; for "mean" over their weights, of probabilities rows."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (loss.numel() if target.is_floating_point() else row_weight.sum())
+
+
+def rows_by_torch(
     x: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None,
@@ -57,7 +117,7 @@ def _rows_by_torch(
     return loss
 
 
-def _is_wrong(
+def is_wrong(
     input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: str
 ) -> bool:
     """Whether torch may refuse these arguments: then it is to say why."""
@@ -86,21 +146,37 @@ def _unsupported(
     return "size_average or reduce" if is_old else None
 
 
-def _losses(
+def _value(
     x: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None,
     ignore_index: int,
     smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss and the weight of each row."""
+    reduction: str,
+) -> torch.Tensor:
+    """The rows' losses, reduced."""
     x, target = x.contiguous(), target.contiguous()
     weight = None if weight is None else weight.contiguous()
-    if torch.is_grad_enabled() and x.requires_grad:
-        found: Any = _CrossEntropy.apply(x, target, weight, ignore_index, smoothing)
+    given = x, target, weight, ignore_index, smoothing
+    found: Any
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        found = cross_entropy_forward(*given)
+    elif reduction != "none" and _takes_one_pass(x):
+        found = _ReducedCrossEntropy.apply(*given, reduction)
+        return found  # type: ignore[no-any-return]
     else:
-        found = cross_entropy_forward(x, target, weight, ignore_index, smoothing)
-    return found[0], found[1]
+        found = _CrossEntropy.apply(*given)
+    return reduced(found[0], found[1], target, reduction)
+
+
+def _takes_one_pass(x: torch.Tensor) -> bool:
+    """Whether the forward pass may compute the gradient before the upstream one is known.
+
+    Not in float16: divided by the number of rows, what a loss scale would have lifted is flushed
+    to zero before it gets there. Nor in torch.compile, whose backward is made of operations that
+    write into nothing that was saved.
+    """
+    return x.dtype != torch.float16 and not torch.compiler.is_compiling()
 
 
 def _taken(
@@ -115,7 +191,7 @@ def _taken(
     floats = [target] if target.is_floating_point() else []
     if not takes("cross_entropy", input, *floats):
         return False
-    wrong = _is_wrong(input, target, weight, reduction) or not 0 <= label_smoothing <= 1
+    wrong = is_wrong(input, target, weight, reduction) or not 0 <= label_smoothing <= 1
     if wrong:
         record_fallback("cross_entropy", "arguments that PyTorch may refuse")
         return False
@@ -123,6 +199,11 @@ def _taken(
     if reason is not None:
         decline("cross_entropy", reason)
     return reason is None
+
+
+def in_dtype_of(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The loss in the dtype that torch's has: the logits', but that of autocast on a GPU."""
+    return loss if autocast_is_on(logits) and logits.is_cuda else loss.to(logits.dtype)
 
 
 def cross_entropy(
@@ -137,8 +218,10 @@ def cross_entropy(
 ) -> torch.Tensor:
     """Σ_c w_c t_c (log Σ_k exp(x_k) - x_c) for each row of logits x, reduced over the rows.
 
-    The logits are read once forward and once backward, and nothing of their size is kept but
-    they: no softmax. Sums are float32. No host synchronisation.
+    Nothing of the logits' size is kept but they and their gradient: no softmax. Where the losses
+    are summed or averaged, the logits are read once, and loss and gradient computed in one pass;
+    of losses one by one ("none"), of float16 and in torch.compile, once forward and once backward.
+    Sums are float32. No host synchronisation.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, *).
@@ -165,11 +248,6 @@ def cross_entropy(
         )
     single = input.dim() == 1
     rows = (input[None], target[None]) if single else (input, target)
-    loss, row_weight = _losses(*rows, weight, ignore_index, label_smoothing)
-    if reduction == "none":
-        loss = loss[0] if single else loss
-    elif reduction == "sum" or (target.is_floating_point() and reduction == "mean"):
-        loss = loss.sum() / (loss.numel() if reduction == "mean" else 1)
-    else:
-        loss = loss.sum() / row_weight.sum()
-    return loss if autocast_is_on(input) and input.is_cuda else loss.to(input.dtype)
+    loss = _value(*rows, weight, ignore_index, label_smoothing, reduction)
+    loss = loss[0] if single and reduction == "none" else loss
+    return in_dtype_of(loss, input)
