@@ -179,7 +179,7 @@ def scale_kernel(scale_ptr, x_ptr, n_elements, BLOCK: tl.constexpr):
             tl.store(x_ptr + index, scaled.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch_for(n_cols: int, n_inner: int, longest: SoftmaxLaunch = LONG) -> SoftmaxLaunch:
+def launch_up_to(longest: SoftmaxLaunch, n_cols: int, n_inner: int) -> SoftmaxLaunch:
     """Softmax's tiles up to the ``longest``, along which longer rows are walked."""
     tiles, widest = (LAST, longest) if n_inner == 1 else (INNER, INNER[-1])
     return next((t for t in tiles if n_cols <= t.block_cols <= longest.block_cols), widest)
@@ -241,7 +241,7 @@ def cross_entropy_forward(
     """
     outputs = _forward_fake(x, target, weight, ignore_index, smoothing)
     if x.numel():
-        launch = _launch_for(x.shape[1], x.shape[2:].numel())
+        launch = launch_up_to(LONG, x.shape[1], x.shape[2:].numel())
         _run(
             "cross_entropy_forward", cross_entropy_forward_kernel,
             (x, target, weight, None, *outputs, None), (0, 1, ignore_index), x, target, smoothing,
@@ -281,7 +281,7 @@ def cross_entropy_with_gradient(
         # Of blocks of 1024 threads a multiprocessor holds one or two: up to 264 rows at a time on a
         # chip of 132, of which the L2 cache (50 MB) keeps what is read again: all of 50,257 classes
         # in bfloat16 (27 MB), most of 128,256 (68 MB), since the last that was read comes first.
-        launch = _launch_for(x.shape[1], x.shape[2:].numel(), LAST[-1])
+        launch = launch_up_to(LAST[-1], x.shape[1], x.shape[2:].numel())
         totals = None
         if mean and not target.is_floating_point():
             totals = _totals(target, weight, outputs[0], x.shape[1], ignore_index)
@@ -369,7 +369,7 @@ def write_gradient(
     """
     x: Any = tensors[1]
     target: Any = tensors[2]
-    launch = _launch_for(x.shape[1], x.shape[2:].numel())
+    launch = launch_up_to(LONG, x.shape[1], x.shape[2:].numel())
     sizes = first_class, n_classes, ignore_index
     _run(
         name, cross_entropy_backward_kernel, tensors, sizes, x, target, smoothing, launch, True

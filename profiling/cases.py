@@ -12,6 +12,7 @@ from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
 from gpunn.profiling.embedding_cases import embedding_cases
 from gpunn.profiling.layer_norm_cases import layer_norm_cases
 from gpunn.profiling.linear_cases import linear_cases
+from gpunn.profiling.linear_cross_entropy_cases import linear_cross_entropy_cases
 from gpunn.profiling.model_cases import model_cases
 from gpunn.profiling.pooling_cases import pooling_cases
 from gpunn.profiling.rotary_embedding_cases import rotary_embedding_cases
@@ -28,6 +29,7 @@ CASES: dict[str, list[Case]] = {
     "cross_entropy": cross_entropy_cases(),
     "embedding": embedding_cases(),
     "rotary_embedding": rotary_embedding_cases(),
+    "linear_cross_entropy": linear_cross_entropy_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
     "softmax": softmax_cases(),

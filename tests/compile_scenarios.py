@@ -24,6 +24,7 @@ from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import launchers
 from gpunn.kernels.product import Epilogue, MatmulLaunch
 from gpunn.profiling.static_report import Report, chip, meta, report
+from linear_cross_entropy_scenarios import linear_cross_entropy_scenarios
 from rotary_embedding_scenarios import rotary_embedding_scenarios
 from row_norm_scenarios import row_norm_scenarios
 from scenario import Scenario
@@ -181,6 +182,7 @@ SCENARIOS = {
     **cross_entropy_scenarios(),
     **embedding_scenarios(),
     **rotary_embedding_scenarios(),
+    **linear_cross_entropy_scenarios(),
     **cuda_scenarios(),
 }
 

@@ -16,6 +16,7 @@ from closeness import assert_accurate
 from gpunn.kernels import cross_entropy as kernels
 from gpunn.kernels import launch
 from gpunn.kernels.cross_entropy import TotalsLaunch
+from gpunn.kernels.elementwise import ElementwiseLaunch
 from gpunn.kernels.launch import Device
 from gpunn.kernels.softmax import SoftmaxLaunch
 from gpunn.reference.cross_entropy import (
@@ -137,6 +138,15 @@ def test_rows_longer_than_a_tile_in_one_pass(
     assert_as_torchs(x, target, 0.3, reduction="sum", **arguments)
 
 
+def test_programs_scale_more_than_one_block(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SCALE", ElementwiseLaunch(block=4))
+    n_elements = 9 * 16 * launch.device_of(torch.empty(0, device=device)).n_multiprocessors + 1
+    dx, scale = torch.randn(n_elements, device=device), torch.tensor(0.3, device=device)
+    expected = dx * scale
+    kernels.cross_entropy_scale_gradient(dx, scale)
+    assert torch.equal(dx, expected)
+
+
 def test_what_a_loss_scale_lifts_in_float16(device: str) -> None:
     """Gradients that are zero in float16 before the scale, and are not after it, as torch's."""
     x = 3 * torch.randn(64, 40, device=device).half()
@@ -196,10 +206,10 @@ def test_a_number_that_is_no_class_gives_nan(device: str) -> None:
 
 
 def test_gradcheck() -> None:
-    target = torch.tensor([1, 0, -100, 2])
-    check_gradients(lambda x: GF.cross_entropy(x, target, label_smoothing=0.1), torch.randn(4, 3))
-    soft = torch.softmax(torch.randn(2, 3, 2), 1).double()
-    check_gradients(lambda x: GF.cross_entropy(x, soft, reduction="none"), torch.randn(2, 3, 2))
+    target = torch.tensor([1, 0, -100])
+    check_gradients(lambda x: GF.cross_entropy(x, target, label_smoothing=0.1), torch.randn(3, 3))
+    soft = torch.softmax(torch.randn(1, 3, 2), 1).double()
+    check_gradients(lambda x: GF.cross_entropy(x, soft, reduction="none"), torch.randn(1, 3, 2))
 
 
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
@@ -211,9 +221,10 @@ def test_backward_again(reduction: str, kind: str, device: str) -> None:
     if kind == "probabilities":
         target = torch.softmax(torch.randn(4, 9, device=device), 1)
     dy = torch.randn(4 if reduction == "none" else (), device=device)
-    leaf = x.detach().requires_grad_()
-    (expected,) = torch.autograd.grad(F.cross_entropy(leaf, target, reduction=reduction), leaf, dy)
-    loss = GF.cross_entropy(x, target, reduction=reduction)
+    weight, leaf = torch.rand(9, device=device), x.detach().requires_grad_()
+    theirs = F.cross_entropy(leaf, target, weight, reduction=reduction)
+    (expected,) = torch.autograd.grad(theirs, leaf, dy)
+    loss = GF.cross_entropy(x, target, weight, reduction=reduction)
     (twice,) = torch.autograd.grad(loss, x, dy, create_graph=True)
     torch.testing.assert_close(twice, expected)
     for _ in range(3):
@@ -235,6 +246,16 @@ def test_checkpointed(use_reentrant: bool, device: str) -> None:
     (expected,) = torch.autograd.grad(2 * F.cross_entropy(x, target), x)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, expected)
+
+
+@each_dtype
+def test_autocast(dtype: torch.dtype, device: str) -> None:
+    x, target = torch.randn(4, 9, device=device).to(dtype), torch.arange(4, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        ours = value_and_gradient(GF.cross_entropy, x, None, target)
+        theirs = value_and_gradient(F.cross_entropy, x, None, target)
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_compiled(device: str) -> None:

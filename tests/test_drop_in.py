@@ -52,6 +52,7 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     **{name: [(0.25,)] for name in ("Hardshrink", "LeakyReLU", "Softshrink")},
     "Hardtanh": [(-0.5, 0.25)],
     "Linear": [(6, 5, False), (6, 5)],
+    "LinearCrossEntropyLoss": [(6, 5)],
     "MaxPool1d": [(3, 2, 1, 2, True, True), (2,)],
     "MaxPool2d": [(3, 2, 1, 1, True, True), ((2, 3),)],
     "MaxUnpool1d": [(2,), (3, 2, 1)],
@@ -62,7 +63,7 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "SyncBatchNorm": [(3, 1e-3, 0.3)],
 }
 # Layers that have no defaults for all arguments, or are random with them.
-WITHOUT_DEFAULTS = {"Embedding", "Linear"} | {
+WITHOUT_DEFAULTS = {"Embedding", "Linear", "LinearCrossEntropyLoss"} | {
     name
     for name in NAMESAKES
     if any(part in name for part in ("Conv", "Dropout", "Norm", "oftm", "ool"))

@@ -124,6 +124,7 @@ def row_arguments(device: str) -> dict[str, tuple[object, ...]]:
             0.1,
             True,
         ),
+        **linear_cross_entropy_arguments(device),
         "softmax_forward": (wide.half(), (wide > 0).byte(), 0, 0.5, True, torch.float32),
         "softmax_backward": (wide, wide, 1, 0.5, False, torch.float16),
     }
@@ -142,6 +143,21 @@ def embedding_arguments(device: str) -> dict[str, tuple[object, ...]]:
         "embedding_backward": (dy, indices, seed, 4, 7, 2, 2.0, 0.3, torch.float16),
         "rotary_embedding": (query.transpose(1, 2).half(), key.transpose(1, 2), cos, sin, 4, True,
                              False),
+    }  # fmt: skip
+
+
+def linear_cross_entropy_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """Six classes in chunks of four, in 16 bits, without a gradient of W."""
+    x, linear_weight = (torch.randn(n, 5, device=device).half() for n in (3, 6))
+    bias, weight, rows = (torch.rand(n, device=device) for n in (6, 6, 3))
+    layer = x, linear_weight, bias.half()
+    loss = torch.tensor([5, 2, 0], device=device), weight
+    options: tuple[object, ...] = 2, 0.1, 4
+    return {
+        "linear_cross_entropy_forward": (*layer, *loss, *options),
+        "linear_cross_entropy_backward": (
+            rows, *layer, *loss, rows, rows + 4, *options, [True, False, True]
+        ),
     }  # fmt: skip
 
 

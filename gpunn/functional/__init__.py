@@ -42,6 +42,7 @@ from gpunn.functional.embedding import embedding, sinusoidal_encoding
 from gpunn.functional.glu import geglu, glu, reglu, swiglu
 from gpunn.functional.layer_norm import layer_norm, rms_norm
 from gpunn.functional.linear import linear
+from gpunn.functional.linear_cross_entropy import linear_cross_entropy
 from gpunn.functional.pooling import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -95,6 +96,7 @@ __all__ = [
     "layer_norm",
     "leaky_relu",
     "linear",
+    "linear_cross_entropy",
     "log_softmax",
     "logsigmoid",
     "max_pool1d",

@@ -202,8 +202,8 @@ def _taken(
 
 
 def in_dtype_of(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The loss in the dtype that torch's has: the logits', but that of autocast on a GPU."""
-    return loss if autocast_is_on(logits) and logits.is_cuda else loss.to(logits.dtype)
+    """The loss in the dtype that torch's has: the logits', but under autocast a wide one."""
+    return loss if autocast_is_on(logits) else loss.to(logits.dtype)
 
 
 def cross_entropy(

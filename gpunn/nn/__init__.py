@@ -54,6 +54,7 @@ from gpunn.nn.embedding import Embedding, PositionalEncoding
 from gpunn.nn.glu import GEGLU, GLU, ReGLU, SwiGLU
 from gpunn.nn.layer_norm import LayerNorm, RMSNorm
 from gpunn.nn.linear import Linear
+from gpunn.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from gpunn.nn.pooling import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -106,6 +107,7 @@ __all__ = [
     "LayerNorm",
     "LeakyReLU",
     "Linear",
+    "LinearCrossEntropyLoss",
     "LogSigmoid",
     "LogSoftmax",
     "MaxPool1d",
