@@ -31,9 +31,9 @@ from gpunn.kernels.product import Epilogue, product
 from gpunn.kernels.softmax import LONG
 
 FORWARD, BACKWARD = "linear_cross_entropy_forward", "linear_cross_entropy_backward"
-# Logits in memory at one time: 256 MiB in 16 bits; of 8192 rows, 16384 classes. A chunk's product
-# for dx makes a fourth of its classes in floating-point operations for each byte of the sum that it
-# reads and writes: a thousand with LEAST_CLASSES, where an H200 makes 180 in the time of a byte.
+# Logits in memory at one time: 256 MiB in 16 bits; of 8192 rows, 16384 classes. For each byte that
+# adding a chunk's product to dx reads and writes, the product makes an eighth of its classes in
+# floating-point operations: 512 with LEAST_CLASSES, where an H200 makes some 180.
 MOST_LOGITS = 2**27
 LEAST_CLASSES = 4096
 
@@ -243,7 +243,7 @@ def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         product(BACKWARD, a, b.T, Epilogue(sums, residual=sums))
         return
     record_fallback(f"{BACKWARD}: the product", "added to a sum: PyTorch's")
-    if a.is_cuda and a.dtype != sums.dtype:
+    if not a.is_cpu and a.dtype != sums.dtype:  # torch has this product on GPUs alone
         sums += torch.mm(a, b, out_dtype=sums.dtype)
     else:
         sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import gpunn
 import gpunn.functional as GF
@@ -165,13 +166,18 @@ def test_chunks_longer_than_a_tile(
     assert_as_torchs(layer, target, chunk_size=40, weight=weight, label_smoothing=smoothing)
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=short_name)
 def test_sums_over_chunks_are_float32(dtype: torch.dtype, device: str) -> None:
-    """What chunks add to dx is far larger than dx itself."""
-    x, weight, _ = layer_of(6, 16, 64, dtype, device)
-    weight = (weight.float() + 8).to(dtype)
-    target = torch.randint(64, (6,), device=device)
-    assert_as_torchs([0.1 * x, weight], target, chunk_size=16)
+    """A chunk makes dx 1.23, and 15 more of them add less to it than 16 bits could keep."""
+    x = torch.zeros(2, 16, device=device, dtype=dtype).requires_grad_()
+    weight = torch.full((64, 16), 16 * 0.45 * torch.finfo(dtype).eps, device=device, dtype=dtype)
+    weight[0], weight[1:4] = -1.25, 0
+    target = torch.zeros(2, device=device, dtype=torch.int64)
+    loss = GF.linear_cross_entropy(x, weight, target, reduction="sum", chunk_size=4)
+    (dx,) = torch.autograd.grad(loss, x)
+    (torchs,) = torch.autograd.grad(by_torch(x, weight, target, reduction="sum"), x)
+    exact = weight.double().mean(0) - weight[0].double()
+    assert_accurate(dx, as_numpy(exact.expand(2, 16)), torchs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short_name)
@@ -192,6 +198,9 @@ def test_large_logits_and_infinities(device: str) -> None:
     for layer in ([1e4 * x, weight], [x, weight, bias]):
         ours = with_gradients(GF.linear_cross_entropy, layer, None, target, chunk_size=3)
         torch.testing.assert_close(ours, with_gradients(by_torch, layer, None, target))
+    below = [x, weight, bias.clamp(-9) - 1e3]  # no exponential of these is more than zero
+    ours = with_gradients(GF.linear_cross_entropy, below, None, target, chunk_size=3)
+    torch.testing.assert_close(ours, with_gradients(by_torch, below, None, target))
     bias[:6] = -math.inf  # whole chunks of them, the first ones
     target = torch.tensor([10, 11, 19, 6], device=device)
     ours = with_gradients(GF.linear_cross_entropy, [x, weight, bias], None, target, chunk_size=3)
@@ -305,6 +314,37 @@ def test_bare_products_are_torchs_where_that_is_faster(dtype: torch.dtype, devic
         exact = with_gradients(by_torch, [t.double() for t in given_layer], None, target)
         for mine, truth, torchs in zip(ours, exact, theirs, strict=True):
             assert_accurate(mine, as_numpy(truth), torchs)
+
+
+def test_on_a_gpu_the_sums_of_16_bit_products_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's product with a dtype for its result, which there is for no CPU."""
+    results, mm = set(), torch.mm
+
+    def product(*given: Any, **arguments: Any) -> torch.Tensor:
+        found = mm(*given, **arguments)
+        results.add((found.shape, found.dtype))
+        return found
+
+    monkeypatch.setattr(torch, "mm", product)
+    x, weight, bias = (t.to("meta") for t in layer_of(5, 6, 20, torch.bfloat16, "cpu"))
+    target = torch.zeros(5, dtype=torch.int64, device="meta")
+    with gpunn.backend("auto"), launch.captured(Device(90, 132)):
+        _, *gradients = with_gradients(
+            GF.linear_cross_entropy, [x, weight, bias], None, target, chunk_size=8
+        )
+    of_dx = {dtype for shape, dtype in results if shape == x.shape}
+    assert of_dx == {torch.float32}
+    for found, like in zip(gradients, (x, weight, bias), strict=True):
+        assert (found.shape, found.dtype) == (like.shape, like.dtype)
+
+
+def test_floating_point_operations_are_counted(device: str) -> None:
+    """The product of the logits twice, and those of the gradients."""
+    layer = layer_of(4, 6, 20, torch.float32, device)
+    target = torch.arange(4, device=device)
+    with FlopCounterMode(display=False) as counter:
+        with_gradients(GF.linear_cross_entropy, layer, None, target, chunk_size=8)
+    assert counter.get_total_flops() == 4 * 2 * 4 * 6 * 20
 
 
 @pytest.mark.parametrize("has_function", [True, False])

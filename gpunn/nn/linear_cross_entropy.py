@@ -51,10 +51,11 @@ class LinearCrossEntropyLoss(_Base):  # type: ignore[misc]
     """
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        outputs, bias = (self.num_classes, *self.out_features), self.linear.bias
+        outputs, layer = (self.num_classes, *self.out_features), self.linear
         return GF.linear_cross_entropy(
-            input, self.linear.weight.view(*outputs, -1), target,
-            linear_bias=None if bias is None else bias.view(outputs), weight=self.weight,
+            input, layer.weight.reshape(*outputs, layer.in_features), target,
+            linear_bias=None if layer.bias is None else layer.bias.reshape(outputs),
+            weight=self.weight,
             reduction=self.reduction, ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing, options=self.options,
         )  # fmt: skip
