@@ -28,9 +28,8 @@ FUNCTIONS = [n for n in GF.__all__ if hasattr(F, n) or hasattr(torch, n)]
 CERTAIN = [(1.0,), (0.0, True)]
 # Arguments other than the defaults, for the layers that have any.
 ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
-    "AdaptiveAvgPool1d": [(3,)],
+    **{name: [(3,)] for name in ("AdaptiveAvgPool1d", "AdaptiveMaxPool1d")},
     "AdaptiveAvgPool2d": [((3, None),), (1,)],
-    "AdaptiveMaxPool1d": [(3,)],
     "AdaptiveMaxPool2d": [(3, True), ((None, 2),)],
     "AvgPool1d": [(3, 2, 1, True, False)],
     "AvgPool2d": [(3, 2, 1, True, False, 5), ((2, 3),)],

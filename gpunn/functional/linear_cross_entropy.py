@@ -203,6 +203,7 @@ def linear_cross_entropy(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit each other.
+        ValueError: a chunk_size below 1.
         What torch raises, for the loss's own arguments.
 
     Source: torch.nn.functional.linear_cross_entropy; E. Wijmans et al., "Cut Your Losses in
