@@ -209,45 +209,6 @@ def test_linear_with_its_fused_parts(device: str) -> None:
         gpunn.nn.Linear(6, 5, dropout_p=2)
 
 
-def model() -> torch.nn.Sequential:
-    return torch.nn.Sequential(
-        torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.GroupNorm(1, 8), torch.nn.Linear(8, 3)
-    )
-
-
-def test_accelerate_and_restore(device: str) -> None:
-    net = model().to(device)
-    x = torch.randn(4, 6, device=device)
-    expected, state = net(x), {k: v.clone() for k, v in net.state_dict().items()}
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    record = gpunn.accelerate(net)
-    assert set(record.replaced) == {"0", "1", "3"}
-    assert set(record.kept) == {"2"}
-    assert "GroupNorm" in str(record)
-    assert type(net[0]) is gpunn.nn.Linear
-    with gpunn.trace() as trace:
-        torch.testing.assert_close(net(x), expected)
-    assert {r.operator for r in trace.launches} == {"linear_forward", "activation_forward"}
-    net(x).sum().backward()
-    optimizer.step()
-    assert not torch.equal(net[0].weight, state["0.weight"])
-    net.load_state_dict(state)
-    restored = gpunn.restore(net)
-    assert set(restored.replaced) == {"0", "1", "3"}
-    assert all(type(layer).__module__.startswith("torch") for layer in net)
-    assert torch.equal(net(x), expected)
-
-
-def test_accelerate_leaves_subclasses_and_restore_leaves_fused_layers() -> None:
-    class Special(torch.nn.Linear):
-        pass
-
-    net = torch.nn.Sequential(Special(2, 2), gpunn.nn.Linear(2, 2, activation="relu"))
-    assert not gpunn.accelerate(net).replaced
-    assert not gpunn.restore(net).replaced
-    assert type(net[0]) is Special
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.func's own
 def test_symbolic_tracing_and_function_transforms() -> None:
     """What works on torch's functions works on these: torch.fx, torch.func, forward mode."""
@@ -264,23 +225,6 @@ def test_symbolic_tracing_and_function_transforms() -> None:
         with torch.autograd.forward_ad.dual_level():
             dual = net(torch.autograd.forward_ad.make_dual(x, x))
             assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
-
-
-def test_accelerate_says_what_it_leaves_and_why() -> None:
-    named = torch.nn.Linear(2, 2)
-    vars(named)["activation"] = "relu"
-    net = torch.nn.ModuleDict(
-        {
-            "named": named,
-            "normed": torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2)),
-            "encoder": torch.nn.TransformerEncoderLayer(2, 1, 4, batch_first=True),
-        }
-    )
-    kept = gpunn.accelerate(net).kept
-    assert "attribute" in kept["named"]
-    assert "parametrization" in kept["normed"]
-    assert "fused path" in kept["encoder"]
-    assert "no such layer" in gpunn.restore(torch.nn.Sequential(gpunn.nn.SwiGLU())).kept["0"]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.func's own
