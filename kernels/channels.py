@@ -143,22 +143,15 @@ def gradient_tile(
 
 
 @triton.jit
-def batch_statistics_kernel(
-    x_ptr, partial_ptr, n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner,
-    positions_a_chunk,
-    N_CHUNKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+def chunk_statistics(
+    x_ptr, start, end, channel, n_channels, n_inner, stride_n, stride_c, stride_inner,
+    CHANNELS_LAST: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk, mean and sum of squared deviations: partial (2, N_CHUNKS, n_channels).
+    """Mean and sum of squared deviations of each channel over the positions from start to end.
 
     Sums are of differences from the mean of the chunk's first tile. What that mean is off by is
     also part of the squared deviations, so little is lost when its square is taken from them.
     """
-    tiles_across = tl.cdiv(n_channels, BLOCK_CHANNELS)
-    chunk = tl.program_id(0) // tiles_across
-    channel = tl.program_id(0) % tiles_across * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    start = chunk * positions_a_chunk
-    end = tl.minimum(start + positions_a_chunk, n_positions)
     count = tl.maximum(end - start, 1)
     at, mask = tile_at(start, end, channel, n_channels, n_inner, stride_n, stride_c, stride_inner,
                        CHANNELS_LAST, BLOCK_POSITIONS)  # fmt: skip
@@ -174,9 +167,27 @@ def batch_statistics_kernel(
         squares += apart * apart
     total = over_positions(sums, CHANNELS_LAST)
     deviations = over_positions(squares, CHANNELS_LAST) - total * (total / count)
+    return pivot + total / count, tl.where(deviations < 0, 0.0, deviations)
+
+
+@triton.jit
+def batch_statistics_kernel(
+    x_ptr, partial_ptr, n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner,
+    positions_a_chunk,
+    N_CHUNKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Of each chunk, mean and sum of squared deviations: partial (2, N_CHUNKS, n_channels)."""
+    tiles_across = tl.cdiv(n_channels, BLOCK_CHANNELS)
+    chunk = tl.program_id(0) // tiles_across
+    channel = tl.program_id(0) % tiles_across * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    start = chunk * positions_a_chunk
+    end = tl.minimum(start + positions_a_chunk, n_positions)
+    mean, deviations = chunk_statistics(x_ptr, start, end, channel, n_channels, n_inner, stride_n,
+                                        stride_c, stride_inner, CHANNELS_LAST,
+                                        BLOCK_POSITIONS)  # fmt: skip
     out = partial_ptr + chunk * n_channels + channel
-    tl.store(out, pivot + total / count, mask=channel < n_channels)
-    deviations = tl.where(deviations < 0, 0.0, deviations)
+    tl.store(out, mean, mask=channel < n_channels)
     tl.store(out + N_CHUNKS * n_channels, deviations, mask=channel < n_channels)
 
 
@@ -242,6 +253,30 @@ def normalise_kernel(
 
 
 @triton.jit
+def chunk_sums(
+    dy_ptr, x_ptr, residual_ptr, bits_ptr, start, end, first_channel, mean, scale, bias,
+    n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner,
+    CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, FROM_OUTPUT: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Σ dz and Σ dz (x - mean) of each channel over the positions from start to end."""
+    shape: tl.constexpr = (
+        (BLOCK_POSITIONS, BLOCK_CHANNELS) if CHANNELS_LAST else (BLOCK_CHANNELS, BLOCK_POSITIONS)
+    )
+    sums, products = tl.zeros(shape, mean.dtype), tl.zeros(shape, mean.dtype)
+    for first in tl.range(start, end, BLOCK_POSITIONS):
+        dz, apart, _, _ = gradient_tile(
+            dy_ptr, x_ptr, residual_ptr, bits_ptr, first, end, first_channel, mean, scale, bias,
+            n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, CHANNELS_LAST,
+            ACTIVATION, GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
+        )  # fmt: skip
+        sums += dz  # past the end, dy is 0
+        products += dz * apart
+    return over_positions(sums, CHANNELS_LAST), over_positions(products, CHANNELS_LAST)
+
+
+@triton.jit
 def gradient_sums_kernel(
     dy_ptr, x_ptr, residual_ptr, bits_ptr, weight_ptr, bias_ptr, mean_ptr, invstd_ptr, partial_ptr,
     n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, positions_a_chunk,
@@ -260,22 +295,14 @@ def gradient_sums_kernel(
     bias = by_channel(load_or(bias_ptr, channel, n_channels, 0.0), CHANNELS_LAST)
     start = chunk * positions_a_chunk
     end = tl.minimum(start + positions_a_chunk, n_positions)
-    shape: tl.constexpr = (
-        (BLOCK_POSITIONS, BLOCK_CHANNELS) if CHANNELS_LAST else (BLOCK_CHANNELS, BLOCK_POSITIONS)
-    )
-    sums, products = tl.zeros(shape, mean.dtype), tl.zeros(shape, mean.dtype)
-    for first in tl.range(start, end, BLOCK_POSITIONS):
-        dz, apart, _, _ = gradient_tile(
-            dy_ptr, x_ptr, residual_ptr, bits_ptr, first, end, first_channel, mean, scale, bias,
-            n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, CHANNELS_LAST,
-            ACTIVATION, GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
-        )  # fmt: skip
-        sums += dz  # past the end, dy is 0
-        products += dz * apart
+    sums, products = chunk_sums(
+        dy_ptr, x_ptr, residual_ptr, bits_ptr, start, end, first_channel, mean, scale, bias,
+        n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, CHANNELS_LAST,
+        ACTIVATION, GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
+    )  # fmt: skip
     out = partial_ptr + chunk * n_channels + channel
-    tl.store(out, over_positions(sums, CHANNELS_LAST), mask=channel < n_channels)
-    products = over_positions(products, CHANNELS_LAST) * invstd
-    tl.store(out + N_CHUNKS * n_channels, products, mask=channel < n_channels)
+    tl.store(out, sums, mask=channel < n_channels)
+    tl.store(out + N_CHUNKS * n_channels, products * invstd, mask=channel < n_channels)
 
 
 @triton.jit
