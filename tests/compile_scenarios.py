@@ -24,6 +24,7 @@ from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import launchers
 from gpunn.kernels.product import Epilogue, MatmulLaunch
 from gpunn.profiling.static_report import Report, chip, meta, report
+from group_norm_scenarios import group_norm_scenarios
 from linear_cross_entropy_scenarios import linear_cross_entropy_scenarios
 from rotary_embedding_scenarios import rotary_embedding_scenarios
 from row_norm_scenarios import row_norm_scenarios
@@ -178,6 +179,7 @@ SCENARIOS = {
     **attention_scenarios(),
     **batch_norm_scenarios(),
     **row_norm_scenarios(),
+    **group_norm_scenarios(),
     **softmax_scenarios(),
     **cross_entropy_scenarios(),
     **embedding_scenarios(),

@@ -99,6 +99,18 @@ def row_norm_arguments(device: str) -> dict[str, tuple[object, ...]]:
     }  # fmt: skip
 
 
+def group_norm_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """Of groups that are read once, and twice."""
+    x, dy = torch.randn(2, 9, 3, 4, device=device), torch.randn(2, 70, 2, 2, device=device)
+    weight, statistic = torch.randn(9, device=device), torch.rand(2, 1, device=device)
+    return {
+        "group_norm_forward": (x, 3, weight, weight, 1e-5, "silu", [], torch.float32),
+        "group_norm_backward": (
+            dy, dy.sin(), None, None, statistic, statistic, "relu", [], [True, True, False]
+        ),
+    }  # fmt: skip
+
+
 def row_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Of softmax, and of the loss that is made of it."""
     x, wide = torch.randn(6, 4, device=device), torch.randn(4, 6, device=device)
@@ -170,6 +182,7 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     images = convolution_arguments(device) | pooling_arguments(device)
     images |= batch_norm_arguments(device) | attention_arguments(device)
     images |= row_norm_arguments(device) | row_arguments(device) | embedding_arguments(device)
+    images |= group_norm_arguments(device)
     return images | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),

@@ -40,6 +40,7 @@ from gpunn.functional.dropout import (
 )
 from gpunn.functional.embedding import embedding, sinusoidal_encoding
 from gpunn.functional.glu import geglu, glu, reglu, swiglu
+from gpunn.functional.group_norm import group_norm, instance_norm
 from gpunn.functional.layer_norm import layer_norm, rms_norm
 from gpunn.functional.linear import linear
 from gpunn.functional.linear_cross_entropy import linear_cross_entropy
@@ -89,10 +90,12 @@ __all__ = [
     "geglu",
     "gelu",
     "glu",
+    "group_norm",
     "hardshrink",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "instance_norm",
     "layer_norm",
     "leaky_relu",
     "linear",
