@@ -82,8 +82,9 @@ def _reason_to_keep(module: torch.nn.Module) -> str | None:
     given = vars(module) | module._parameters | module._buffers
     fusing = (
         torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm,
-        torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.Softmax, torch.nn.LogSoftmax,
-        torch.nn.Softmin, torch.nn.Embedding,
+        torch.nn.modules.instancenorm._InstanceNorm, torch.nn.GroupNorm, torch.nn.LayerNorm,
+        torch.nn.RMSNorm, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin,
+        torch.nn.Embedding,
     )  # fmt: skip
     if type(module).__module__.startswith("gpunn."):
         if not _namesake(type(module)):

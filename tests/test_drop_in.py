@@ -49,7 +49,9 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
     "GELU": [("tanh",)],
     "GLU": [(0,)],
     **{name: [(0.25,)] for name in ("Hardshrink", "LeakyReLU", "Softshrink")},
+    "GroupNorm": [(3, 6), (2, 6, 1e-3), (1, 6, 1e-5, False)],
     "Hardtanh": [(-0.5, 0.25)],
+    **{f"InstanceNorm{d}d": [(3,), (3, 1e-3, 0.3, True, True)] for d in (1, 2, 3)},
     "Linear": [(6, 5, False), (6, 5)],
     "LinearCrossEntropyLoss": [(6, 5)],
     "MaxPool1d": [(3, 2, 1, 2, True, True), (2,)],
@@ -73,7 +75,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "Dropout3d": (4, 6, 3, 2, 5),
     **{n: (4, 3, 6) for n in NAMESAKES if n.endswith(("ool2d", "Conv1d", "pose1d", "Norm1d"))},
     **{n: (2, 3, 4, 6) for n in NAMESAKES if n.endswith(("Conv2d", "max2d", "pose2d", "Norm2d"))},
-    "BatchNorm3d": (2, 3, 2, 4, 3),
+    **dict.fromkeys(("BatchNorm3d", "InstanceNorm3d"), (2, 3, 2, 4, 3)),
     "SyncBatchNorm": (2, 3, 4),
 }
 

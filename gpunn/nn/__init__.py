@@ -52,6 +52,7 @@ from gpunn.nn.dropout import (
 )
 from gpunn.nn.embedding import Embedding, PositionalEncoding
 from gpunn.nn.glu import GEGLU, GLU, ReGLU, SwiGLU
+from gpunn.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpunn.nn.layer_norm import LayerNorm, RMSNorm
 from gpunn.nn.linear import Linear
 from gpunn.nn.linear_cross_entropy import LinearCrossEntropyLoss
@@ -99,11 +100,15 @@ __all__ = [
     "Embedding",
     "FeatureAlphaDropout",
     "Flatten",
+    "GroupNorm",
     "Hardshrink",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
     "Identity",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "LeakyReLU",
     "Linear",
