@@ -10,6 +10,7 @@ from gpunn.profiling.cross_entropy_cases import cross_entropy_cases
 from gpunn.profiling.dropout_cases import dropout_cases
 from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
 from gpunn.profiling.embedding_cases import embedding_cases
+from gpunn.profiling.group_norm_cases import group_norm_cases
 from gpunn.profiling.layer_norm_cases import layer_norm_cases
 from gpunn.profiling.linear_cases import linear_cases
 from gpunn.profiling.linear_cross_entropy_cases import linear_cross_entropy_cases
@@ -25,6 +26,7 @@ CASES: dict[str, list[Case]] = {
     "convolution": convolution_cases(),
     "batch_norm": batch_norm_cases(),
     "layer_norm": layer_norm_cases(),
+    "group_norm": group_norm_cases(),
     "attention": attention_cases(),
     "cross_entropy": cross_entropy_cases(),
     "embedding": embedding_cases(),
