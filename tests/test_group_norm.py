@@ -130,11 +130,28 @@ def test_each_tile(last: bool, tile: ChannelsLaunch, device: str) -> None:
             assert trace.launches[0].launch == tile
 
 
-def test_what_is_not_read_by_128_bits_has_no_large_tile(device: str) -> None:
-    for shape, last in (((1, 64, 225), False), ((1, 60, 240), True)):
-        x = torch.randn(shape, device=device)
-        trace = assert_right(with_channels_last(x) if last else x, 1)
-        assert {TWICE} <= {record.kernel for record in trace.launches}
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "last", "backward", "planes"),
+    [
+        ((1, 64, 256), 1, False, False, 64),  # the largest tile
+        ((1, 64, 256), 1, False, True, 0),  # of gradients it would spill
+        ((1, 64, 225), 1, False, False, 0),  # and of planes at odd addresses
+        ((1, 60, 240), 1, True, False, 0),
+        ((1, 64, 240), 1, True, False, 64),
+        ((1, 120, 9), 12, True, False, 40),  # 6 groups of 10 would fit, 4 begin at multiples of 8
+        ((1, 66, 9), 6, True, False, 55),  # which 5 groups of 11 never do
+        ((1, 8, 1000), 4, False, False, 4),
+        ((1, 8, 1000), 4, True, False, 0),  # 4 channels of each position are too short a run
+    ],
+)
+def test_what_a_program_holds(
+    shape: tuple[int, ...], num_groups: int, last: bool, backward: bool, planes: int
+) -> None:
+    """As many groups as memory is read well in, and registers hold; none where they are long."""
+    x = torch.empty(shape, device="meta")
+    plan = launcher.plan_for(with_channels_last(x) if last else x, num_groups, backward)
+    assert plan.planes_a_program == planes
+    assert (plan.n_chunks > 0) == (planes == 0)
 
 
 @st.composite
