@@ -170,7 +170,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@drawing(0, 30)
+@drawing(0, 25)
 @given(problem=problems())
 def test_drawn_problems(problem: dict[str, Any], device: str) -> None:
     """Two to five dimensions, one of anything, groups on both sides of a tile's and an image's end.
