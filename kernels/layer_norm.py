@@ -35,7 +35,10 @@ ROWS = tuple(
         (16, 4), (64, 4), (256, 4), (1024, 4), (2048, 8), (4096, 8), (8192, 16), (LONGEST, 32)
     )
 )  # fmt: skip
-LONG = RowLaunch(8, block_rows=1, block_cols=4096)
+# Longer rows are swept twice by one program. At most two programs of a thousand threads fit on a
+# multiprocessor: of 65,536 columns in 16 bits, 264 rows take 33 MiB of the 50 MiB of an H200's L2,
+# where the second sweep finds them. Backward reads dy and s, and has one program a multiprocessor.
+LONG = RowLaunch(32, block_rows=1, block_cols=8192)
 COLUMNS = RowLaunch(8, block_rows=32, block_cols=128)
 NAME, NAME_BACKWARD = "row_norm_forward", "row_norm_backward"
 
@@ -161,8 +164,11 @@ def row_norm_backward(
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     launch = launch_for(n_cols) if n_cols <= LONGEST_BACKWARD else LONG
     held = n_cols <= LONGEST_SUMMED
-    # Four programs a multiprocessor keep enough loads in flight; not measured.
-    most = 4 * device_of(s).n_multiprocessors if held and any(needs[2:]) else n_rows
+    most = n_rows
+    if launch == LONG:
+        most = device_of(s).n_multiprocessors
+    elif held and any(needs[2:]):
+        most = 4 * device_of(s).n_multiprocessors  # enough loads in flight; not measured
     n_programs = min(cdiv(n_rows, launch.block_rows), most)
     sums = [
         s.new_empty((n_programs, n_cols), dtype=wide(s)) if n and held else None for n in needs[2:]
