@@ -28,7 +28,7 @@ help: ## this list
 demo: $(READY) ## what this machine can run, every kernel checked, then a network trained on digits
 	$(PY) -m gpunn doctor
 	$(PY) -m gpunn check
-	$(PY) examples/digits_mlp.py
+	$(PY) -m gpunn demo digits
 
 test: lint types ## lint, types, then every test, in parallel
 	$(PY) -m pytest -n auto

@@ -10,7 +10,7 @@ import torch
 
 def parser_for(description: str | None, name: str) -> argparse.ArgumentParser:
     """A parser with ``--device`` and ``--out``, for the demo of this name."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser = argparse.ArgumentParser(f"{name}.py", description=(description or "").splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda")
     parser.add_argument("--out", type=Path, default=Path("out", name), help="pictures' folder")
     return parser

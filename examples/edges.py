@@ -1,6 +1,6 @@
 """A convolution finds the edges of a photograph.
 
-    python examples/edges.py [--device auto] [--out FOLDER]
+    python examples/edges.py [--device auto] [--out FOLDER] [--quick]
 
 Sobel's filter weighs the pixels to the right of a point against those to its left: the answer is
 large where it gets brighter from left to right. Turned by quarters it makes the four filters of one
@@ -53,10 +53,10 @@ class Result:
     picture: Path
 
 
-def photograph() -> NDArray[np.float32]:
-    """The photograph, (H, W, 3), from 0 to 1."""
+def photograph(step: int = 1) -> NDArray[np.float32]:
+    """Every ``step``-th pixel of the photograph, (H, W, 3), from 0 to 1."""
     pixels: NDArray[np.float32] = load_sample_image("china.jpg").astype(np.float32) / 255
-    return pixels
+    return pixels[::step, ::step]
 
 
 def find_edges(brightness: torch.Tensor) -> torch.Tensor:
@@ -85,9 +85,9 @@ def draw(pixels: NDArray[np.float32], edges: torch.Tensor) -> Figure:
     return figure
 
 
-def run(device: torch.device, out: Path) -> Result:
+def run(device: torch.device, out: Path, step: int) -> Result:
     """Find the edges, compare them with scipy's and draw them."""
-    pixels = photograph()
+    pixels = photograph(step)
     brightness = torch.from_numpy(pixels.mean(axis=2)).to(device)
     with gpunn.trace() as trace:
         edges = find_edges(brightness)
@@ -100,8 +100,9 @@ def run(device: torch.device, out: Path) -> Result:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and print what it found; the last line is the figure that it reached."""
     parser = parser_for(__doc__, "edges")
+    parser.add_argument("--quick", action="store_true", help="every second pixel alone")
     given = parser.parse_args(argv)
-    result = run(device_of(parser, given.device), given.out)
+    result = run(device_of(parser, given.device), given.out, 2 if given.quick else 1)
     print(result.trace)
     print("Picture:", result.picture)
     print(f"Largest difference from scipy: {result.error:.1e} (expected: at most {EXPECTED:.0e})")

@@ -1,4 +1,4 @@
-"""The command line: ``gpunn doctor``, ``gpunn check``, ``gpunn profile``."""
+"""The command line: ``gpunn doctor``, ``gpunn check``, ``gpunn profile``, ``gpunn demo``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 Step = Callable[[str], None]
 
@@ -25,7 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gpunn.profiling.command import add_arguments
 
         add_arguments(profile)
-    arguments = parser.parse_args(given)
+    demo = commands.add_parser(
+        "demo", help="networks that learn and draw what they learnt", allow_abbrev=False
+    )
+    demo.add_argument("names", nargs="*", metavar="NAME", help="none: lists them; all: each")
+    demo.add_argument("--out", type=Path, default=Path("out"), help="folder of pictures and page")
+    arguments, others = parser.parse_known_args(given)
+    if others and arguments.command != "demo":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if arguments.command == "demo":
+        return run_demo_command(arguments.names, others, arguments.out, parser.error)
     if arguments.command == "doctor":
         from gpunn.doctor import report
 
@@ -56,6 +66,21 @@ def run_check_command(ops: Sequence[str], refuse: Callable[[str], object]) -> in
     failed = [row for row in rows if not row.ok]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} checks passed.")
     return 1 if failed else 0
+
+
+def run_demo_command(
+    names: Sequence[str], options: Sequence[str], out: Path, refuse: Callable[[str], object]
+) -> int:
+    """``gpunn demo``: lists the demos, or runs those named with the options that are theirs."""
+    from gpunn import demo
+
+    for name in names:
+        if name not in (*demo.DEMOS, "all"):
+            refuse(f"unknown demo {name!r}; known are {', '.join(demo.DEMOS)}, all")
+    if not names:
+        print(demo.listing())
+        return 0
+    return demo.run_command(names, options, out)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

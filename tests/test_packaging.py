@@ -58,7 +58,9 @@ def build_wheel(folder: Path) -> Path:
 
 def shipped() -> set[str]:
     """The files that a wheel should hold, as their paths in it, read from the folders' contents."""
-    places = {"gpunn": "gpunn", "kernels": "gpunn/kernels", "profiling": "gpunn/profiling"}
+    places = {"gpunn": "gpunn"} | {
+        name: f"gpunn/{name}" for name in ("kernels", "profiling", "examples")
+    }
     return {
         f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, place in places.items()
@@ -85,6 +87,8 @@ def test_the_wheel_holds_what_it_should_and_works_elsewhere(tmp_path: Path) -> N
     run(sys.executable, "-c", USE, str(target), folder=elsewhere, pythonpath=target)
     said = run(sys.executable, "-m", "gpunn", "doctor", folder=elsewhere, pythonpath=target)
     assert "triton" in said.lower()
+    demos = run(sys.executable, "-m", "gpunn", "demo", folder=elsewhere, pythonpath=target)
+    assert "LeNet-5" in demos
 
 
 @pytest.mark.parametrize("name", ["kernels", "profiling"])
