@@ -184,6 +184,25 @@ def test_the_sum_of_nothing_is_the_input(name: str, device: str) -> None:
 
 
 @each_norm
+def test_a_streams_gradient_is_added_in_the_norms_backward_pass(name: str, device: str) -> None:
+    """Autograd adds nothing; in any layout, of y alone and of the stream alone, too."""
+    for _, laid_out in layouts(torch.randn(3, 4, 8, device=device)):
+        x = laid_out.requires_grad_()
+        y, s = call(name, GF, x, None, None, return_sum=True)
+        assert torch.equal(s, x)
+        assert y.grad_fn.next_functions[0][0] is s.grad_fn.next_functions[0][0]
+        expected = call(name, F, x, None, None)
+        dy, ds = torch.randn_like(expected), torch.randn_like(x)
+        for outputs, theirs, upstream in (
+            ((y, s), (expected, x), (dy, ds)), ((y,), (expected,), (dy,)), ((s,), (x,), (ds,)),
+        ):  # fmt: skip
+            (torchs,) = torch.autograd.grad(theirs, x, upstream, retain_graph=True)
+            for twice in (False, True):
+                (mine,) = torch.autograd.grad(outputs, x, upstream, True, twice)
+                torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-5)
+
+
+@each_norm
 def test_constant_rows_and_rows_of_one(name: str, device: str) -> None:
     """Nothing is divided by zero."""
     for x in (torch.full((3, 9), 2.5, device=device), torch.randn(4, 1, device=device)):

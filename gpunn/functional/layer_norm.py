@@ -134,10 +134,12 @@ def _normalise(
     else:
         forward: Any = row_norm_forward
         y, s, _, _ = forward(*tensors, seed, *options, return_sum, dtype)
+        s = input if plain else s
     y = y.view(input.shape)
     if not return_sum:
         return y
-    return y, input if plain else s.view(input.shape)
+    # With a gradient the stream goes through the norm, whose backward pass then adds it to dx.
+    return y, s if s is input else s.view(input.shape)
 
 
 def _checked_shape(
