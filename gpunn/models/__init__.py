@@ -1,11 +1,14 @@
 """Networks of the literature, built of ``gpunn.nn``'s layers.
 
 Each is an ordinary ``torch.nn.Module`` that returns logits: their softmax is the caller's, inside
-the cross-entropy. Where torchvision has the network, parameters have its names and shapes, so that
-its checkpoints load; activations, residuals and dropout are fused into the layers before them.
+the cross-entropy. Where torchvision has the network, or transformers has GPT-2, parameters have its
+names, so that its checkpoints load; activations, residuals and dropout are fused into the layers
+before them.
 """
 
 from gpunn.models.alexnet import AlexNet, AlexNetOneTower, alexnet, alexnet_one_tower
+from gpunn.models.generation import KeyValueCache
+from gpunn.models.gpt import GPT, GPTMLP, GPTAttention, GPTBlock, gpt2
 from gpunn.models.lenet import LeNet5, lenet5
 from gpunn.models.resnet import (
     BasicBlock,
@@ -33,6 +36,8 @@ from gpunn.models.vgg import (
 )
 
 __all__ = [
+    "GPT",
+    "GPTMLP",
     "VGG",
     "AlexNet",
     "AlexNetOneTower",
@@ -40,10 +45,14 @@ __all__ = [
     "Bottleneck",
     "CifarBlock",
     "CifarResNet",
+    "GPTAttention",
+    "GPTBlock",
+    "KeyValueCache",
     "LeNet5",
     "ResNet",
     "alexnet",
     "alexnet_one_tower",
+    "gpt2",
     "lenet5",
     "resnet18",
     "resnet34",
