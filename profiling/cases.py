@@ -18,6 +18,7 @@ from gpunn.profiling.model_cases import model_cases
 from gpunn.profiling.pooling_cases import pooling_cases
 from gpunn.profiling.rotary_embedding_cases import rotary_embedding_cases
 from gpunn.profiling.softmax_cases import softmax_cases
+from gpunn.profiling.transformer_cases import transformer_cases
 
 CASES: dict[str, list[Case]] = {
     "linear": linear_cases(),
@@ -35,10 +36,13 @@ CASES: dict[str, list[Case]] = {
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
     "softmax": softmax_cases(),
-    "models": model_cases(),
+    "models": [*model_cases(), *transformer_cases()],
 }
 
 CHECKED_AS: dict[str, tuple[str, ...]] = {
-    "models": ("linear", "convolution", "batch_norm", "pooling", "activation"),
-}
+    "models": (
+        "linear", "convolution", "batch_norm", "pooling", "activation", "attention", "layer_norm",
+        "embedding", "linear_cross_entropy",
+    ),
+}  # fmt: skip
 """The ops whose checks must be green before a case is timed, where it is not its own."""

@@ -97,16 +97,22 @@ def test_the_work_of_elementwise_ops(op: str, name: str, shapes: str, n_bytes: i
 
 def test_the_work_of_networks() -> None:
     """Counted by hand, layer by layer; ResNet-50's normalisations are in float32."""
-    resnet, alexnet = CASES["models"]
+    resnet, alexnet, gpt, decoding = CASES["models"]
     parameters, of_norms, multiply_adds, in_first_layer = 25557032, 53120, 4089184256, 118013952
     assert resnet.bytes == 3 * 2 * (parameters + of_norms) + 2 * 128 * 3 * 224**2
     assert resnet.flops == 2 * 128 * (3 * multiply_adds - in_first_layer)
     parameters, multiply_adds, in_first_layer = 60965224, 724406816, 105415200
     assert alexnet.bytes == 3 * 2 * parameters + 2 * 128 * 3 * 227**2
     assert alexnet.flops == 2 * 128 * (3 * multiply_adds - in_first_layer)
+    # A token attends to 512 others in the mean, when decoding to 1024.
+    parameters, multiply_adds, pairs = 124439808, 123532032, 12 * 2 * 768 * 512
+    assert gpt.bytes == 3 * 2 * parameters + 2 * 8 * 8 * 1024
+    assert gpt.flops == 2 * 8 * 1024 * (3 * multiply_adds + 3.5 * pairs)
+    assert decoding.bytes == 2 * (parameters + 2 * pairs + 50257) + 2 * 8
+    assert decoding.flops == 2 * (multiply_adds + 2 * pairs)
 
 
-@pytest.mark.parametrize("case", CASES["models"], ids=["ResNet-50", "AlexNet"])
+@pytest.mark.parametrize("case", CASES["models"], ids=["ResNet-50", "AlexNet", "GPT", "decoding"])
 def test_networks_compute_the_same_in_float32(case: Case, device: str) -> None:
     """In bfloat16, roundings decide too much for a comparison of gradients to be a strict one."""
     small = replace(case.small(), dtype=torch.float32, tolerance=None)
