@@ -47,11 +47,22 @@ def expm1(x):
 
 
 @triton.jit
+def artanh_small(x, N_TERMS: tl.constexpr):
+    """artanh(x) = x + x³ / 3 + x⁵ / 5 + …"""
+    z = x * x
+    series = z * 0 + 1.0 / (2 * N_TERMS - 1)
+    for k in tl.static_range(1, N_TERMS):
+        series = 1.0 / (2 * (N_TERMS - k) - 1) + z * series
+    return x * series
+
+
+@triton.jit
 def log1p_unit(x):
-    """log(1 + x) for 0 <= x <= 1; below 1/2 as 2 artanh(x / (2 + x))."""
+    """log(1 + x) for 0 <= x <= 1, as 2 artanh(x / (2 + x)); in float64 only below 1/2.
+
+    What the seven terms leave out is a quarter of what float32 rounds off.
+    """
     s = x / (2 + x)
-    z = s * s
-    series = 1.0 / 21 + z * (1.0 / 23)
-    for k in tl.static_range(10):
-        series = 1.0 / (19 - 2 * k) + z * series
-    return tl.where(x < 0.5, 2 * s * series, tl.log(1 + x))
+    if x.dtype == tl.float64:
+        return tl.where(x < 0.5, 2 * artanh_small(s, 12), tl.log(1 + x))
+    return 2 * artanh_small(s, 7)

@@ -15,6 +15,8 @@ from gpunn.profiling.layer_norm_cases import layer_norm_cases
 from gpunn.profiling.linear_cases import linear_cases
 from gpunn.profiling.linear_cross_entropy_cases import linear_cross_entropy_cases
 from gpunn.profiling.model_cases import model_cases
+from gpunn.profiling.nll_loss_cases import nll_loss_cases
+from gpunn.profiling.pointwise_loss_cases import pointwise_loss_cases
 from gpunn.profiling.pooling_cases import pooling_cases
 from gpunn.profiling.rotary_embedding_cases import rotary_embedding_cases
 from gpunn.profiling.softmax_cases import softmax_cases
@@ -33,6 +35,8 @@ CASES: dict[str, list[Case]] = {
     "embedding": embedding_cases(),
     "rotary_embedding": rotary_embedding_cases(),
     "linear_cross_entropy": linear_cross_entropy_cases(),
+    "nll_loss": nll_loss_cases(),
+    "pointwise_loss": pointwise_loss_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
     "softmax": softmax_cases(),

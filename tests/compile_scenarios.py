@@ -26,6 +26,8 @@ from gpunn.kernels.product import Epilogue, MatmulLaunch
 from gpunn.profiling.static_report import Report, chip, meta, report
 from group_norm_scenarios import group_norm_scenarios
 from linear_cross_entropy_scenarios import linear_cross_entropy_scenarios
+from nll_loss_scenarios import nll_loss_scenarios
+from pointwise_loss_scenarios import pointwise_loss_scenarios
 from rotary_embedding_scenarios import rotary_embedding_scenarios
 from row_norm_scenarios import row_norm_scenarios
 from scenario import Scenario
@@ -185,6 +187,8 @@ SCENARIOS = {
     **embedding_scenarios(),
     **rotary_embedding_scenarios(),
     **linear_cross_entropy_scenarios(),
+    **nll_loss_scenarios(),
+    **pointwise_loss_scenarios(),
     **cuda_scenarios(),
 }
 

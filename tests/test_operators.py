@@ -173,6 +173,20 @@ def linear_cross_entropy_arguments(device: str) -> dict[str, tuple[object, ...]]
     }  # fmt: skip
 
 
+def loss_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """Of elements, with all that is weighted, and of classes."""
+    x, y, weight = (torch.rand(2, 3, 5, device=device) for _ in range(3))
+    target = torch.randint(3, (2, 5), device=device)
+    pointwise = x, y.half(), weight[:, :1], weight[0, 0], "bce_with_logits", [1.0]
+    total, mean = torch.tensor([0.7, 3.0], device=device)
+    return {
+        "nll_loss_forward": (x, target, weight[0, :, 0], 1, "mean", torch.float32),
+        "nll_loss_backward": (mean, x, target, None, total, 1, "mean"),
+        "pointwise_loss_forward": (*pointwise, None, torch.float16),
+        "pointwise_loss_backward": (mean, *pointwise, 30, [False, True]),
+    }
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Arguments for every registered op, of which none requires a gradient."""
     x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
@@ -182,7 +196,7 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     images = convolution_arguments(device) | pooling_arguments(device)
     images |= batch_norm_arguments(device) | attention_arguments(device)
     images |= row_norm_arguments(device) | row_arguments(device) | embedding_arguments(device)
-    images |= group_norm_arguments(device)
+    images |= group_norm_arguments(device) | loss_arguments(device)
     return images | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),

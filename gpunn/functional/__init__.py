@@ -44,6 +44,15 @@ from gpunn.functional.group_norm import group_norm, instance_norm
 from gpunn.functional.layer_norm import layer_norm, rms_norm
 from gpunn.functional.linear import linear
 from gpunn.functional.linear_cross_entropy import linear_cross_entropy
+from gpunn.functional.nll_loss import nll_loss
+from gpunn.functional.pointwise_loss import (
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    mse_loss,
+    smooth_l1_loss,
+)
 from gpunn.functional.pooling import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -72,6 +81,7 @@ __all__ = [
     "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
+    "binary_cross_entropy_with_logits",
     "celu",
     "conv1d",
     "conv2d",
@@ -95,7 +105,10 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "huber_loss",
     "instance_norm",
+    "kl_div",
+    "l1_loss",
     "layer_norm",
     "leaky_relu",
     "linear",
@@ -107,6 +120,8 @@ __all__ = [
     "max_unpool1d",
     "max_unpool2d",
     "mish",
+    "mse_loss",
+    "nll_loss",
     "reglu",
     "relu",
     "relu6",
@@ -118,6 +133,7 @@ __all__ = [
     "sigmoid",
     "silu",
     "sinusoidal_encoding",
+    "smooth_l1_loss",
     "softmax",
     "softmin",
     "softplus",

@@ -117,7 +117,7 @@ def rows_by_torch(
     return loss
 
 
-def is_wrong(
+def may_be_refused(
     input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: str
 ) -> bool:
     """Whether torch may refuse these arguments: then it is to say why."""
@@ -191,7 +191,7 @@ def _taken(
     floats = [target] if target.is_floating_point() else []
     if not takes("cross_entropy", input, *floats):
         return False
-    wrong = is_wrong(input, target, weight, reduction) or not 0 <= label_smoothing <= 1
+    wrong = may_be_refused(input, target, weight, reduction) or not 0 <= label_smoothing <= 1
     if wrong:
         record_fallback("cross_entropy", "arguments that PyTorch may refuse")
         return False

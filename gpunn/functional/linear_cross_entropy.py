@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from gpunn.functional.cross_entropy import (
     cross_entropy,
     in_dtype_of,
-    is_wrong,
+    may_be_refused,
     reduced,
     rows_by_torch,
 )
@@ -223,7 +223,7 @@ def linear_cross_entropy(
     if not takes(OP, input, linear_weight, linear_bias):
         return _by_torch(*given, options=options, **arguments)
     like_logits = input.new_empty(()).expand(shape)
-    if is_wrong(like_logits, target, weight, reduction) or not 0 <= label_smoothing <= 1:
+    if may_be_refused(like_logits, target, weight, reduction) or not 0 <= label_smoothing <= 1:
         record_fallback(OP, "arguments that PyTorch may refuse")
         return _by_torch(*given, options=options, **arguments)
     layer: Any = input, linear_weight, linear_bias

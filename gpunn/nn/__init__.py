@@ -56,6 +56,15 @@ from gpunn.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, Insta
 from gpunn.nn.layer_norm import LayerNorm, RMSNorm
 from gpunn.nn.linear import Linear
 from gpunn.nn.linear_cross_entropy import LinearCrossEntropyLoss
+from gpunn.nn.nll_loss import NLLLoss, NLLLoss2d
+from gpunn.nn.pointwise_loss import (
+    BCEWithLogitsLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    MSELoss,
+    SmoothL1Loss,
+)
 from gpunn.nn.pooling import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -85,6 +94,7 @@ __all__ = [
     "AlphaDropout",
     "AvgPool1d",
     "AvgPool2d",
+    "BCEWithLogitsLoss",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -105,16 +115,20 @@ __all__ = [
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "HuberLoss",
     "Identity",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "KLDivLoss",
+    "L1Loss",
     "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LinearCrossEntropyLoss",
     "LogSigmoid",
     "LogSoftmax",
+    "MSELoss",
     "MaxPool1d",
     "MaxPool2d",
     "MaxUnpool1d",
@@ -123,6 +137,8 @@ __all__ = [
     "Module",
     "ModuleDict",
     "ModuleList",
+    "NLLLoss",
+    "NLLLoss2d",
     "Parameter",
     "ParameterDict",
     "ParameterList",
@@ -136,6 +152,7 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "SmoothL1Loss",
     "Softmax",
     "Softmax2d",
     "Softmin",

@@ -1,0 +1,47 @@
+"""The launches of the negative log-likelihood that are compiled."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from gpunn.kernels.launch import launchers
+from gpunn.kernels.nll_loss import TILES
+from gpunn.kernels.softmax import INNER
+from gpunn.profiling.static_report import meta
+from scenario import Scenario
+
+
+def _forward(shape: tuple[int, ...], reduction: str) -> None:
+    target = meta(shape[0], *shape[2:], dtype=torch.int64)
+    given = meta(*shape), target, meta(shape[1]), -100, reduction, torch.bfloat16
+    launchers["nll_loss_forward"](*given)
+
+
+def _backward(shape: tuple[int, ...], reduction: str) -> None:
+    target = meta(shape[0], *shape[2:], dtype=torch.int64)
+    dloss = meta(*target.shape) if reduction == "none" else meta()
+    given = dloss, meta(*shape), target, meta(shape[1]), meta(dtype=torch.float32)
+    launchers["nll_loss_backward"](*given, -100, reduction)
+
+
+def nll_loss_scenarios() -> dict[str, Scenario]:
+    """Every tile of the gradient; the widest write by 128 bits."""
+    found = {}
+    for shape in ((4096, 1000), (8, 19, 4096)):
+        for reduction in ("none", "mean"):
+            found[f"nll-loss-{len(shape)}d-{reduction}"] = Scenario(
+                partial(_forward, shape, reduction), capabilities=(90,)
+            )
+    for tile in TILES:
+        last = tile == TILES[-1]
+        found[f"nll-loss-backward-{tile.block_cols}"] = Scenario(
+            partial(_backward, (4096, tile.block_cols), "mean" if last else "none"),
+            wide_only=last, narrow_allowed=8, capabilities=(80, 90, 100) if last else (90,),
+        )  # fmt: skip
+    for tile in INNER:
+        found[f"nll-loss-backward-pixels-{tile.block_cols}"] = Scenario(
+            partial(_backward, (8, tile.block_cols, 4096), "mean"), capabilities=(90,)
+        )
+    return found
