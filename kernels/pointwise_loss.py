@@ -32,14 +32,16 @@ class PointwiseLossLaunch(Launch):
 
 
 LAUNCH = PointwiseLossLaunch()
+FAR = 2**31
+"""Elements of which 32 bits do not tell the number."""
 
 
 @triton.jit
 def load_repeated(ptr, start, mask, inner, size, HOW: tl.constexpr, BLOCK: tl.constexpr):
     """Number i // inner % size of elements i from ``start`` on.
 
-    HOW says what that comes to: "one" number; "every" element its own; or they repeat: every less
-    than 2^31 elements, whose remainders a GPU finds many times sooner, or "far" apart.
+    HOW says what that comes to: "one" number; "every" element its own; or they repeat, "near"
+    where inner times size is of 32 bits, in which a GPU divides many times sooner, or "far".
     """
     within = tl.arange(0, BLOCK)
     if HOW == "one":
@@ -155,7 +157,7 @@ def _repeated(given: torch.Tensor | None, x: torch.Tensor) -> _Repeated:
     numbers = whole[tuple(index)].contiguous()
     if size == x.numel():
         return _Repeated(numbers, how="every")
-    far = inner * size >= 2**31 - LAUNCH.block
+    far = inner * size > FAR - LAUNCH.block
     return _Repeated(numbers, inner, size, "far" if far else "near")
 
 

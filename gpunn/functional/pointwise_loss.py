@@ -6,6 +6,7 @@ float32, and the same from run to run.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -139,24 +140,35 @@ def _taken(
     return reason is None
 
 
+def _warn(text: str, stacklevel: int) -> None:
+    if not torch.compiler.is_compiling():  # where a warning would break the graph
+        warnings.warn(text, stacklevel=stacklevel)
+
+
 def _broadcast(input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both in one shape, with torch's warning if that is not their own."""
     if input.shape == target.shape:
         return input, target
-    warnings.warn(
+    _warn(
         f"Using a target size ({target.size()}) that is different to the input size "
         f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
         "Please ensure they have the same size.",
-        stacklevel=3,
+        stacklevel=4,
     )
     x, y = torch.broadcast_tensors(input, target)
     return x, y
 
 
-def _autocast_dtype(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
-    """A dtype, x's own by default, as autocast hands it to an op of its float32 list."""
-    found = x.dtype if dtype is None else dtype
-    return torch.promote_types(found, torch.float32) if autocast_is_on(x) else found
+def _result_type(*tensors: torch.Tensor) -> torch.dtype:
+    """What torch promotes floating-point tensors to; under autocast, at least to float32.
+
+    Tensors of no dimensions count where there are no others. torch.result_type breaks the graph.
+    """
+    counted = [tensor.dtype for tensor in tensors if tensor.dim()]
+    counted = counted or [tensor.dtype for tensor in tensors]
+    if autocast_is_on(tensors[0]):  # on whose float32 list these are
+        counted.append(torch.float32)
+    return functools.reduce(torch.promote_types, counted)
 
 
 def _is_number(value: object) -> bool:
@@ -182,12 +194,9 @@ def _differences(
     reduction: str,
 ) -> torch.Tensor:
     """mse or l1; of weights, torch divides the sum by theirs for a mean."""
-    dtype, divisor = _autocast_dtype(x, torch.result_type(x, y)), _divisor(reduction, x)
-    if weight is None:
-        return _apply(loss, x, y, divisor, dtype)
-    dtype = torch.promote_types(dtype, torch.result_type(x, weight))
-    if reduction != "mean":
-        return _apply(loss, x, y, divisor, dtype, weight=weight)
+    dtype = _result_type(x, y, *([] if weight is None else [weight]))
+    if weight is None or reduction != "mean":
+        return _apply(loss, x, y, _divisor(reduction, x), dtype, weight=weight)
     wide = torch.promote_types(dtype, torch.float32)
     total = _apply(loss, x, y, 1, wide, weight=weight)
     return (total / weight.sum(dtype=wide)).to(dtype)
@@ -264,8 +273,7 @@ def smooth_l1_loss(
         return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
     x, y = _broadcast(input, target)
     loss, parameters = ("smooth_l1", [float(beta)]) if beta else ("l1", [])
-    dtype = _autocast_dtype(x, torch.result_type(x, y))
-    return _apply(loss, x, y, _divisor(reduction, x), dtype, parameters)
+    return _apply(loss, x, y, _divisor(reduction, x), _result_type(x, y), parameters)
 
 
 def huber_loss(
@@ -286,17 +294,15 @@ def huber_loss(
     """
 
     def is_right() -> bool:
-        x, y = (_autocast_dtype(tensor) for tensor in (input, target))
-        return _is_number(delta) and delta > 0 and x == y and _weighs_each(input, weight)
+        is_mixed = _result_type(input) != _result_type(target)
+        return _is_number(delta) and delta > 0 and not is_mixed and _weighs_each(input, weight)
 
     if not _taken("huber_loss", input, target, reduction, [weight], (), is_right):
         return F.huber_loss(  # type: ignore[call-arg]  # torch's stub lacks weight
             input, target, reduction, delta, weight
         )
     x, y = _broadcast(input, target)
-    dtype = _autocast_dtype(x)
-    if weight is not None:
-        dtype = torch.promote_types(dtype, torch.result_type(x, weight))
+    dtype = _result_type(x, y, *([] if weight is None else [weight]))
     return _apply("huber", x, y, _divisor(reduction, x), dtype, [float(delta)], weight)
 
 
@@ -337,7 +343,7 @@ def binary_cross_entropy_with_logits(
             input, target, weight, size_average, reduce, reduction, pos_weight
         )
     return _apply(
-        "bce_with_logits", input, target, _divisor(reduction, input), _autocast_dtype(target),
+        "bce_with_logits", input, target, _divisor(reduction, input), _result_type(target),
         [] if pos_weight is None else [1.0], weight, pos_weight,
     )  # fmt: skip
 
@@ -370,10 +376,10 @@ def kl_div(
     if not _taken("kl_div", input, target, plain, (), old):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target=log_target)
     if reduction == "mean":
-        warnings.warn(
+        _warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size; "
             "'batchmean' divides only by the batch size, and is the KL divergence's mean.",
-            stacklevel=2,
+            stacklevel=3,
         )
     x, y = input, target
     if x.shape != y.shape:
@@ -381,4 +387,4 @@ def kl_div(
     n_rows = input.shape[0] if input.dim() else 1
     divisor = n_rows if reduction == "batchmean" else _divisor(reduction, x)
     loss = "kl_div_log" if log_target else "kl_div"
-    return _apply(loss, x, y, divisor, _autocast_dtype(x, torch.result_type(input, target)))
+    return _apply(loss, x, y, divisor, _result_type(input, target))
