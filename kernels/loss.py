@@ -8,7 +8,9 @@ Sources: P. Huber, "Robust Estimation of a Location Parameter", 1964; R. Girshic
 2015 (smooth_l1); S. Kullback and R. Leibler, "On Information and Sufficiency", 1951; torch's
 functions of these names, which say what happens at infinities and at a target of 0.
 
-To add a loss: its two functions, and its entry of ``LOSSES``.
+To add a loss: its two functions and its entry of ``LOSSES``; its function, and torch's in
+``TORCH``, in ``gpunn/functional/pointwise_loss.py``; its formulas in
+``gpunn/reference/pointwise_loss.py``; its line in ``CALLS`` of ``tests/test_pointwise_loss.py``.
 """
 
 from __future__ import annotations

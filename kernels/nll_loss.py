@@ -30,8 +30,9 @@ class NllLaunch(Launch):
 
 
 LAUNCH = NllLaunch()
-# Softmax's tiles of 2048 elements: a thread writes 16, and nothing of a row must stay together.
-TILES = LAST[:8]
+# Tiles of softmax's, 2048 elements of 32, 128, 512 or 2048 classes: a thread writes 16, and nothing
+# of a row must stay together.
+TILES = LAST[1:8:2]
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from gpunn.kernels.launch import Launch, run
 
 MOST_PARTS = 4096
 """Programs of a sum. More than fit on a GPU at once, so that all of it is busy; so few that one
-more program adds their numbers in four steps. Not a device's count: results are every GPU's."""
+more program adds their numbers in four steps. The same on every GPU, so that sums' order is."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -124,8 +124,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
 
 
-@dataclass(frozen=True)
-class _Repeated:
+class _Repeated(NamedTuple):
     """Numbers that repeat over x: element i of its memory has ``numbers[i // inner % size]``."""
 
     numbers: torch.Tensor | None
@@ -137,21 +136,19 @@ class _Repeated:
 def _repeated(given: torch.Tensor | None, x: torch.Tensor) -> _Repeated:
     """``given``, broadcast to the shape of x, which is dense, as its numbers and their pattern.
 
-    They are copied where they are not in the order of x's memory; all that x has of them only where
-    the dimensions in which they differ do not follow each other there.
+    They are copied where they are not in the order of x's memory, and where a dimension in which
+    they repeat lies between others there.
     """
-    if given is None or given.numel() == 1:
+    if given is None:
         return _Repeated(given)
+    if given.shape == x.shape and given.stride() == x.stride():
+        return _Repeated(given, how="every")
     whole, strides = given.expand(x.shape).squeeze(), x.squeeze().stride()
     if not any(whole.stride()):
         return _Repeated(whole)
-    if whole.stride() == strides:
-        return _Repeated(whole, how="every")
     whole = whole.permute(sorted(range(whole.dim()), key=lambda dim: -strides[dim]))
     own = [dim for dim, stride in enumerate(whole.stride()) if stride]
     first, last = own[0], own[-1] + 1
-    if len(own) < last - first:
-        first, last = 0, whole.dim()
     inner, size = whole.shape[last:].numel(), whole.shape[first:last].numel()
     index = [slice(None) if first <= dim < last else 0 for dim in range(whole.dim())]
     numbers = whole[tuple(index)].contiguous()

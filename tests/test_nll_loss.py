@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import gpunn.functional as GF
 from closeness import assert_accurate
 from gpunn.kernels import launch, nll_loss, partial_sums
 from gpunn.kernels.launch import Device
-from gpunn.kernels.nll_loss import NllLaunch, launch_for
+from gpunn.kernels.nll_loss import NllLaunch
 from gpunn.kernels.softmax import SoftmaxLaunch
 from gpunn.reference.nll_loss import nll_loss_backward, nll_loss_forward, row_weights
 from kit import as_numpy, check_gradients, each_dtype, launched, layouts
@@ -98,14 +99,19 @@ def test_reductions_and_dimensions(
         assert_right(x, target, dloss, None, reduction)
 
 
-@pytest.mark.parametrize("n_classes", [1, 16, 17, 300, 2049])
+@pytest.mark.parametrize("n_classes", [4, 32, 33, 300, 2049])
 @pytest.mark.parametrize("inner", [1, 6])
 def test_every_kind_of_tile(n_classes: int, inner: int, device: str) -> None:
     """The narrowest that holds the classes, and more than one of the widest."""
-    shape = (5, n_classes + 3, inner) if inner > 1 else (5, n_classes + 3)
-    assert_right(*drawn(shape, device)[:2], reduction="sum")
-    assert launch_for(n_classes, True).block_cols in (16, 32, 512, 2048)
-    assert launch_for(n_classes, False).block_cols in (4, 16, 64, 128)
+    shape = (5, n_classes, inner) if inner > 1 else (5, n_classes)
+    x, target, _ = drawn(shape, device)
+    target.view(-1)[-1] = n_classes - 1
+    with gpunn.trace() as trace:
+        assert_right(x, target, reduction="sum")
+    (backward,) = launched(trace, OPERATORS[1])
+    widths = (32, 128, 512, 2048) if inner == 1 else (4, 16, 64, 128)
+    expected = next((width for width in widths if n_classes <= width), widths[-1])
+    assert asdict(backward.launch)["block_cols"] == expected
 
 
 def test_programs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
