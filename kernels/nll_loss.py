@@ -55,7 +55,7 @@ def nll_loss_forward_kernel(
                                                 ignore_index)  # fmt: skip
         at = rows // n_inner * stride_x_outer + rows % n_inner * stride_x_inner + y * stride_x_col
         x = widen(tl.load(x_ptr + at, mask=counts & is_class, other=0.0))
-        loss = tl.where(counts, -weight * x, 0.0)
+        loss = 0.0 - weight * x  # which is 0, not -0, in rows that do not count
         if REDUCE:
             total += loss
             weights += weight
@@ -184,15 +184,15 @@ def nll_loss_backward(
     n_rows, n_cols, n_inner = target.numel(), x.shape[1], x.shape[2:].numel()
     last = n_inner == 1 or not dx.is_contiguous()
     n_inner = 1 if last else n_inner
-    launch, each = launch_for(n_cols, last), any(dloss.stride())
+    launch = launch_for(n_cols, last)
     n_programs = cdiv(n_rows if last else n_inner, launch.block_rows)
     n_programs *= 1 if last else n_rows // n_inner
     run(
         NAME_BACKWARD, nll_loss_backward_kernel, (n_programs * cdiv(n_cols, launch.block_cols),),
-        dloss.contiguous() if each else dloss, target.contiguous(),
+        dloss.contiguous(), target.contiguous(),
         None if weight is None else weight.contiguous(),
         weight_sum if reduction == "mean" else None, dx, n_rows, n_cols, n_inner, ignore_index,
-        launch=launch, EACH=each, LAST_DIM=last,
+        launch=launch, EACH=reduction == "none", LAST_DIM=last,
     )  # fmt: skip
     return dx
 

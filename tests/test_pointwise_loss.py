@@ -301,6 +301,14 @@ def test_mixed_dtypes(name: str, dtype: torch.dtype, of_target: torch.dtype, dev
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-3)
 
 
+def test_what_has_no_dimensions_is_promoted_to(device: str) -> None:
+    """Not by: torch's rule for numbers."""
+    x, y = torch.rand(3, device=device).bfloat16(), torch.tensor(0.5, device=device)
+    for given in ((x, y), (y, x), (y, y.half())):
+        ours, theirs = (package.kl_div(*given, reduction="none") for package in (GF, F))
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)  # and of one dtype
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @each_function
 def test_autocast_as_torch(name: str, weighted: bool, device: str) -> None:
