@@ -50,6 +50,7 @@ DEMOS = {
     "alexnet": Demo("alexnet", "two photographs", 120),
     "resnet": Demo("resnet_vs_plain", "digits, 8×8", 60),
     "gpt": Demo("gpt_text", "Python's language reference", 75),
+    "neuron": Demo("neuron", "truth tables", 12),
     "edges": Demo("edges", "a photograph", 2),
 }
 
