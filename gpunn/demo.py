@@ -51,6 +51,7 @@ DEMOS = {
     "resnet": Demo("resnet_vs_plain", "digits, 8×8", 60),
     "gpt": Demo("gpt_text", "Python's language reference", 75),
     "neuron": Demo("neuron", "truth tables", 12),
+    "activations": Demo("activations", "digits, 8×8", 40),
     "edges": Demo("edges", "a photograph", 2),
 }
 
