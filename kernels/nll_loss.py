@@ -49,7 +49,7 @@ def nll_loss_forward_kernel(
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros((BLOCK,), dtype=wide)
     weights = tl.zeros((BLOCK,), dtype=wide)
-    for start in tl.range(program * BLOCK, n_rows, tl.num_programs(0) * BLOCK):
+    for start in tl.range(program * BLOCK, n_rows, tl.num_programs(0).to(tl.int64) * BLOCK):
         rows = start + tl.arange(0, BLOCK)
         y, counts, is_class, weight = target_of(target_ptr, weight_ptr, rows, rows < n_rows, n_cols,
                                                 ignore_index)  # fmt: skip
@@ -84,7 +84,9 @@ def nll_loss_backward_kernel(
     across = tl.cdiv(n_cols, BLOCK_COLS)
     program = tl.program_id(0).to(tl.int64) // across
     first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
-    rows = first // n_cols if LAST_DIM else first // (n_cols * n_inner) * n_inner + first % n_inner
+    rows = first // n_cols
+    if not LAST_DIM:  # by one size after the other: of 32 bits, their product may not be
+        rows = rows // n_inner * n_inner + first % n_inner
     cols = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     y, counts, _is_class, weight = target_of(target_ptr, weight_ptr, rows, is_row, n_cols,
                                              ignore_index)  # fmt: skip

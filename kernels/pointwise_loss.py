@@ -68,7 +68,8 @@ def pointwise_loss_forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     wide: tl.constexpr = tl.float64 if loss_ptr.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros((BLOCK,), dtype=wide)
-    for start in tl.range(program * BLOCK, n_elements, tl.num_programs(0) * BLOCK):
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in tl.range(program * BLOCK, n_elements, step):
         index = start + tl.arange(0, BLOCK)
         mask = index < n_elements
         x = widen(tl.load(x_ptr + index, mask=mask, other=0.0))

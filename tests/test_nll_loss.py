@@ -196,6 +196,19 @@ def test_offsets_past_2_to_the_31(device: str) -> None:
         assert GF.nll_loss(x, target, reduction="none").tolist() == [2.0, 4.0]
 
 
+def test_an_image_past_2_to_the_31(device: str) -> None:
+    """Its first classes: of 3 pixels times their number, 32 bits keep 2."""
+    target, dx = torch.tensor([1, -100, 3], device=device), torch.empty(4, 3, device=device)
+    n_cols = (2**32 + 2) // 3
+    launch.run(
+        "far", nll_loss.nll_loss_backward_kernel, (1,), torch.tensor(2.0, device=device), target,
+        None, None, dx, 3, n_cols, 3, -100, launch=SoftmaxLaunch(block_rows=4, block_cols=4),
+        EACH=False, LAST_DIM=False,
+    )  # fmt: skip
+    assert dx.nonzero().tolist() == [[1, 0], [3, 2]]
+    assert dx.sum() == -4
+
+
 def test_gradcheck() -> None:
     target, weight = torch.tensor([1, 0, -100]), torch.rand(3).double()
     check_gradients(lambda x: GF.nll_loss(x, target, weight), torch.randn(3, 3))
