@@ -116,8 +116,8 @@ def kl_div(x, y, pos_weight, p0: tl.constexpr):
 
 @triton.jit
 def kl_div_gradient(x, y, pos_weight, p0: tl.constexpr):
-    """Of y, NaN where y is 0, as torch's."""
-    return -y, tl.where(y > 0, tl.log(y) + 1 - x, float("nan"))
+    """Of y, NaN where y is 0 or infinite, as torch's."""
+    return -y, tl.where((y > 0) & (y < float("inf")), tl.log(y) + 1 - x, float("nan"))
 
 
 @triton.jit
