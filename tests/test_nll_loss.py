@@ -178,10 +178,10 @@ def test_infinities_and_nans(device: str) -> None:
 
 
 def test_a_number_that_is_no_class_gives_nan(device: str) -> None:
-    """And reads nothing: torch stops the GPU, and a kernel cannot raise."""
-    x, target = torch.randn(3, 5, device=device), torch.tensor([0, 5, -1], device=device)
+    """And reads nothing, where there is no memory: torch stops the GPU, a kernel cannot raise."""
+    x, target = torch.randn(4, 5, device=device), torch.tensor([0, 5, -1, 2**45], device=device)
     loss = GF.nll_loss(x, target, torch.ones(5, device=device), reduction="none")
-    assert loss.isnan().tolist() == [False, True, True]
+    assert loss.isnan().tolist() == [False, True, True, True]
     assert GF.nll_loss(x, target).isnan()
 
 
@@ -207,6 +207,17 @@ def test_an_image_past_2_to_the_31(device: str) -> None:
     )  # fmt: skip
     assert dx.nonzero().tolist() == [[1, 0], [3, 2]]
     assert dx.sum() == -4
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_differentiable_gradients_are_the_kernels(reduction: str, device: str) -> None:
+    x, target, weight = drawn((4, 5), device)
+    x.requires_grad_()
+    loss = GF.nll_loss(x, target, weight, ignore_index=IGNORED, reduction=reduction)
+    dloss = torch.randn_like(loss)
+    (by_kernels,) = torch.autograd.grad(loss, x, dloss, retain_graph=True)
+    (differentiable,) = torch.autograd.grad(loss, x, dloss, create_graph=True)
+    torch.testing.assert_close(differentiable, by_kernels)
 
 
 def test_gradcheck() -> None:

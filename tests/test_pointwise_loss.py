@@ -200,6 +200,13 @@ def test_what_repeats_is_not_copied(kind: str, device: str) -> None:
     assert (found.numbers.data_ptr() == given.data_ptr()) == (not copied)
 
 
+@pytest.mark.parametrize(("n", "how"), [(2**30 - 512, "near"), (2**30 - 511, "far")])
+def test_a_pattern_past_2_to_the_31_is_far(n: int, how: str) -> None:
+    """Where a block that begins at the end of the pattern would pass what 32 bits can say."""
+    x, given = torch.empty(3, 2, n, device="meta"), torch.empty(2, 1, device="meta")
+    assert pointwise_loss._repeated(given, x)[1:] == (n, 2, how)
+
+
 def test_layouts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the input, of the target and of the gradient; the result lies as torch's does."""
     monkeypatch.setattr(pointwise_loss, "LAUNCH", PointwiseLossLaunch(block=32))

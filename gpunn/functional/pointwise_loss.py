@@ -383,7 +383,7 @@ def kl_div(
         )
     x, y = input, target
     if x.shape != y.shape:
-        x, y = torch.broadcast_tensors(input, target)
+        y, x = torch.broadcast_tensors(target, input)  # torch's order, of which its error speaks
     n_rows = input.shape[0] if input.dim() else 1
     divisor = n_rows if reduction == "batchmean" else _divisor(reduction, x)
     loss = "kl_div_log" if log_target else "kl_div"
