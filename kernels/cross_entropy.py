@@ -30,7 +30,7 @@ from gpunn.kernels.cross_entropy_tiles import (
 from gpunn.kernels.elementwise import LAUNCH as SCALE
 from gpunn.kernels.launch import Launch, cdiv, device_of, operator, run
 from gpunn.kernels.numeric import widen
-from gpunn.kernels.softmax import INNER, LAST, LONG, SoftmaxLaunch, tile_rows
+from gpunn.kernels.softmax import INNER, LAST, LONG, SoftmaxLaunch, row_numbers, tile_rows
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def cross_entropy_forward_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
-    rows = first // n_cols if LAST_DIM else first // (n_cols * n_inner) * n_inner + first % n_inner
+    rows = row_numbers(first, n_cols, n_inner, LAST_DIM)
     stride, block = 1 if LAST_DIM else n_inner, tl.arange(0, BLOCK_COLS)
     out_type: tl.constexpr = tl.float64 if lse_ptr.dtype.element_ty == tl.float64 else tl.float32
     zeros = tl.zeros((BLOCK_ROWS,), dtype=out_type)
@@ -127,7 +127,7 @@ def cross_entropy_backward_kernel(
     across = tl.cdiv(n_cols, BLOCK_COLS)
     program = tl.program_id(0).to(tl.int64) // across
     first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
-    rows = first // n_cols if LAST_DIM else first // (n_cols * n_inner) * n_inner + first % n_inner
+    rows = row_numbers(first, n_cols, n_inner, LAST_DIM)
     cols = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     x, at, inside = logits_tile(x_ptr, first, is_row, cols, n_cols, 1 if LAST_DIM else n_inner)
     lse = tl.load(lse_ptr + rows, mask=is_row, other=0.0)

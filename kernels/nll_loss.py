@@ -17,7 +17,7 @@ from gpunn.kernels.cross_entropy_tiles import target_of
 from gpunn.kernels.launch import Launch, cdiv, operator, run
 from gpunn.kernels.numeric import widen
 from gpunn.kernels.partial_sums import MOST_PARTS, parts_for, sum_parts
-from gpunn.kernels.softmax import INNER, LAST, SoftmaxLaunch, tile_rows
+from gpunn.kernels.softmax import INNER, LAST, SoftmaxLaunch, row_numbers, tile_rows
 
 NAME, NAME_BACKWARD = "nll_loss_forward", "nll_loss_backward"
 
@@ -84,9 +84,7 @@ def nll_loss_backward_kernel(
     across = tl.cdiv(n_cols, BLOCK_COLS)
     program = tl.program_id(0).to(tl.int64) // across
     first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
-    rows = first // n_cols
-    if not LAST_DIM:  # by one size after the other: of 32 bits, their product may not be
-        rows = rows // n_inner * n_inner + first % n_inner
+    rows = row_numbers(first, n_cols, n_inner, LAST_DIM)
     cols = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     y, counts, _is_class, weight = target_of(target_ptr, weight_ptr, rows, is_row, n_cols,
                                              ignore_index)  # fmt: skip

@@ -62,6 +62,17 @@ def tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM: tl.constexpr, BLOCK_RO
 
 
 @triton.jit
+def row_numbers(first, n_cols, n_inner, LAST_DIM: tl.constexpr):
+    """Of rows that begin at ``first``, their numbers, in the order of a target (outer, inner).
+
+    By one size after the other: their product may be more than 32 bits hold.
+    """
+    if LAST_DIM:
+        return first // n_cols
+    return first // n_cols // n_inner * n_inner + first % n_inner
+
+
+@triton.jit
 def scores_of(x_ptr, mask_ptr, at, inside, scale):
     """scale x + mask of a tile, -∞ outside of it."""
     s = widen(tl.load(x_ptr + at, mask=inside, other=0.0)) * scale
