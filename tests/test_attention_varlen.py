@@ -305,35 +305,6 @@ def test_parts_fill_the_chip() -> None:
     assert attention_decode.n_parts_for(1, 2**20, 132) == attention_decode.MOST_PARTS
 
 
-# --- probabilities ---
-
-
-@each_dtype
-def test_weights_are_what_values_are_multiplied_by(dtype: torch.dtype, device: str) -> None:
-    query, key = (torch.randn(2, 4, n, 8).to(device, dtype) for n in (19, 70))
-    with gpunn.trace() as trace:
-        weights = GF.attention_weights(query, key, is_causal=True)
-    launched(trace, "attention_weights")
-    identity = torch.eye(70, device=device, dtype=dtype).expand(2, 4, 70, 70)
-    y = F.scaled_dot_product_attention(query, key, identity, is_causal=True)
-    exact = F.scaled_dot_product_attention(
-        query.double(), key.double(), identity.double(), is_causal=True
-    )
-    assert_accurate(weights, as_numpy(exact), y)
-
-
-def test_weights_of_chosen_heads_and_with_a_gradient(device: str) -> None:
-    query, key = (torch.randn(4, n, 8, device=device) for n in (5, 7))
-    every = GF.attention_weights(query, key)
-    assert torch.equal(GF.attention_weights(query, key, heads=[3, -4]), every[[3, 0]])
-    query.requires_grad_()
-    with gpunn.backend("auto"), gpunn.trace() as trace:
-        weights = GF.attention_weights(query, key)
-    assert trace.fallbacks[0].reason == "a gradient: PyTorch's operations"
-    torch.testing.assert_close(weights, every, rtol=1e-5, atol=1e-6)
-    assert torch.autograd.grad(weights[..., 0].sum(), query)[0].any()
-
-
 # --- refusals ---
 
 
@@ -377,11 +348,3 @@ def test_decoding_refuses(position: int, change: Any, message: str, device: str)
     arguments[position] = change(arguments[position])
     with pytest.raises((RuntimeError, TypeError), match=message):
         GF.attention_decode(*arguments[:4], block_table=arguments[4])
-
-
-def test_weights_refuse(device: str) -> None:
-    query, key = (torch.randn(4, n, 8, device=device) for n in (5, 7))
-    with pytest.raises(IndexError, match="heads: expected numbers below 4, got 4"):
-        GF.attention_weights(query, key, heads=[4])
-    with pytest.raises(RuntimeError, match="lse: expected shape"):
-        GF.attention_weights(query, key, torch.zeros(4, 6, device=device))

@@ -15,6 +15,7 @@ from gpunn.functional.attention_arguments import (
     check_slopes,
     check_tensors,
     leading_shape,
+    mask_wants_float32,
     of_causal_bias,
     of_four_dimensions,
     real_mask,
@@ -33,13 +34,6 @@ def _is_torchs(query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | No
     """
     same = query.shape[-1] == value.shape[-1]
     return query.dtype.itemsize == 2 and mask is None and same and query.shape[-1] <= WIDEST_HEAD
-
-
-def _mask_wants_float32(mask: torch.Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the mask has a gradient that is finer than what products of 16-bit numbers give."""
-    if mask is None or not (mask.requires_grad and torch.is_grad_enabled()):
-        return False
-    return dtype.itemsize < mask.dtype.itemsize
 
 
 def _checked(
@@ -165,7 +159,7 @@ def scaled_dot_product_attention(
         )
         return y
     dtype = query.dtype
-    if _mask_wants_float32(attn_mask, dtype):
+    if mask_wants_float32(attn_mask, dtype):
         query, key, value = query.float(), key.float(), value.float()
     given = of_four_dimensions(query, key, value, attn_mask, alibi_slopes, leading)
     y, lse = attend(given, rules, ours)

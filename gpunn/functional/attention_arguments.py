@@ -280,6 +280,13 @@ def real_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if mask is None or mask.dtype == torch.bool else mask
 
 
+def mask_wants_float32(mask: torch.Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the mask has a gradient that is finer than what products of 16-bit numbers give."""
+    if mask is None or not (mask.requires_grad and torch.is_grad_enabled()):
+        return False
+    return dtype.itemsize < mask.dtype.itemsize
+
+
 def natural_logarithm(maxima: torch.Tensor, sums: torch.Tensor, given: Given) -> torch.Tensor:
     """log Σ exp(score) from what the kernel keeps, in the units that it computes in."""
     is_additive = given.mask is not None and given.mask.dtype != torch.uint8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,6 +88,28 @@ def refusal_of(given: Given) -> str | None:
     return None
 
 
+class Attended(NamedTuple):
+    """What the kernels give: y, the statistics of its rows, and the seed of its dropout."""
+
+    y: torch.Tensor
+    maxima: torch.Tensor
+    sums: torch.Tensor
+    seed: torch.Tensor | None
+
+
+def attend_by_kernels(given: Given, rules: Rules) -> Attended:
+    """Attention by the kernels, which must take it."""
+    seed = draw_seed(given.query.device) if rules.dropout_p > 0 else None
+    tensors = *given[:6], seed, given.starts_q, given.starts_k
+    numbers = given.n_queries, given.n_keys, *rules
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given[:4]):
+        y, maxima, sums = _Attention.apply(*tensors, numbers)
+    else:
+        forward: Any = attention_forward
+        y, _, maxima, sums = forward(False, *tensors, *numbers)
+    return Attended(y, maxima, sums, seed)
+
+
 def attend(
     given: Given, rules: Rules, ours: bool
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
@@ -98,12 +120,5 @@ def attend(
     if not ours or reason is not None:
         y = composed(given, rules, None)
         return y, lambda: log_sums(given, rules)
-    seed = draw_seed(given.query.device) if rules.dropout_p > 0 else None
-    tensors = *given[:6], seed, given.starts_q, given.starts_k
-    numbers = given.n_queries, given.n_keys, *rules
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given[:4]):
-        y, maxima, sums = _Attention.apply(*tensors, numbers)
-    else:
-        forward: Any = attention_forward
-        y, _, maxima, sums = forward(False, *tensors, *numbers)
+    y, maxima, sums, _ = attend_by_kernels(given, rules)
     return y, lambda: natural_logarithm(maxima, sums, given)
