@@ -62,3 +62,11 @@ def _kernels_alone() -> Iterator[None]:
 
     with gpunn.backend("kernels"):
         yield
+
+
+@pytest.fixture
+def one_path_of_torchs() -> Iterator[None]:
+    """torch's modules without their path for inference, whose numbers are a little different."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)

@@ -29,6 +29,8 @@ OPS = sorted(
         "attention_weights",
     }
     - {"sync_batch_norm"}  # whose kernels and reference are batch_norm's
+    # made of linear and attention, with no kernel of its own
+    - {"multihead_attention", "multihead_attention_arguments"}
 )
 # What gpunn.nn re-exports from torch.nn.
 CONTAINERS = {

@@ -44,6 +44,11 @@ from gpunn.functional.group_norm import group_norm, instance_norm
 from gpunn.functional.layer_norm import layer_norm, rms_norm
 from gpunn.functional.linear import linear
 from gpunn.functional.linear_cross_entropy import linear_cross_entropy
+from gpunn.functional.multihead_attention import (
+    merge_heads,
+    multi_head_attention_forward,
+    split_heads,
+)
 from gpunn.functional.nll_loss import nll_loss
 from gpunn.functional.pointwise_loss import (
     binary_cross_entropy_with_logits,
@@ -119,8 +124,10 @@ __all__ = [
     "max_pool2d",
     "max_unpool1d",
     "max_unpool2d",
+    "merge_heads",
     "mish",
     "mse_loss",
+    "multi_head_attention_forward",
     "nll_loss",
     "reglu",
     "relu",
@@ -139,6 +146,7 @@ __all__ = [
     "softplus",
     "softshrink",
     "softsign",
+    "split_heads",
     "swiglu",
     "sync_batch_norm",
     "tanh",

@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.overrides import has_torch_function_unary
 
+# Of the launchers' room, which the modules do not know, but whose trace they have to tell.
+from gpunn.kernels.launch import decline as decline
+from gpunn.kernels.launch import record_fallback as record_fallback
+
 
 def is_tensor(operator: str, input: object, name: str = "input") -> bool:
     """Whether an argument is a tensor; False for a stand-in, such as torch.fx's, that acts as one.

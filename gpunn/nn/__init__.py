@@ -56,6 +56,7 @@ from gpunn.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, Insta
 from gpunn.nn.layer_norm import LayerNorm, RMSNorm
 from gpunn.nn.linear import Linear
 from gpunn.nn.linear_cross_entropy import LinearCrossEntropyLoss
+from gpunn.nn.multihead_attention import MultiheadAttention
 from gpunn.nn.nll_loss import NLLLoss, NLLLoss2d
 from gpunn.nn.pointwise_loss import (
     BCEWithLogitsLoss,
@@ -137,6 +138,7 @@ __all__ = [
     "Module",
     "ModuleDict",
     "ModuleList",
+    "MultiheadAttention",
     "NLLLoss",
     "NLLLoss2d",
     "Parameter",
