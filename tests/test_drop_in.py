@@ -67,7 +67,7 @@ ARGUMENTS: dict[str, list[tuple[Any, ...]]] = {
 WITHOUT_DEFAULTS = {"Embedding", "Linear", "LinearCrossEntropyLoss"} | {
     name
     for name in NAMESAKES
-    if any(part in name for part in ("Conv", "Dropout", "Norm", "head", "oftm", "ool"))
+    if any(part in name for part in ("Conv", "Dropout", "Norm", "Trans", "head", "oftm", "ool"))
 }
 # Shapes of the inputs of layers that do not take every shape.
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -112,6 +112,9 @@ def _normalise(
     check_arguments(options.dropout_p, **given, **({} if weight is None else {"weight": weight}))
     if not is_tensor(name, input):
         return _by_torch(input, normalized_shape, weight, bias, residual, options, return_sum)
+    if input.is_nested:
+        decline(name, "nested tensor")
+        return _by_torch(input, normalized_shape, weight, bias, residual, options, return_sum)
     shape = _checked_shape(name, input, normalized_shape, weight, bias, residual)
     n_cols = torch.Size(shape).numel()
     plain = residual is None and options.dropout_p == 0

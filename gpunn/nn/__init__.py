@@ -80,6 +80,8 @@ from gpunn.nn.pooling import (
 )
 from gpunn.nn.rotary_embedding import RotaryEmbedding
 from gpunn.nn.softmax import LogSoftmax, Softmax, Softmax2d, Softmin
+from gpunn.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from gpunn.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "CELU",
@@ -165,5 +167,10 @@ __all__ = [
     "SyncBatchNorm",
     "Tanh",
     "Tanhshrink",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "Unflatten",
 ]
