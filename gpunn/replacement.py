@@ -79,22 +79,24 @@ def _change_classes(
 
 def _reason_to_keep(module: torch.nn.Module) -> str | None:
     """Why a layer should stay what it is, although its class has a counterpart."""
-    given = vars(module) | module._parameters | module._buffers
+    given, layer = vars(module) | module._parameters | module._buffers, type(module)
     fusing = (
         torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm,
         torch.nn.modules.instancenorm._InstanceNorm, torch.nn.GroupNorm, torch.nn.LayerNorm,
         torch.nn.RMSNorm, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin,
         torch.nn.Embedding,
     )  # fmt: skip
-    if type(module).__module__.startswith("gpunn."):
-        if not _namesake(type(module)):
+    if layer.__module__.startswith("gpunn."):
+        if not _namesake(layer):
             return "torch has no such layer"
-        return "its fused parts have no torch layer" if _fuses(given) else None
+        fused = isinstance(module, fusing) and _fuses(given)
+        return "its fused parts have no torch layer" if fused else None
     if isinstance(module, fusing) and set(PLAIN) & set(given):
         return "it has an attribute that gpunn's layer would take for its own"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "its parameters are computed by a parametrization"
-    if isinstance(module, (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)):
+    watched = torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer
+    if isinstance(module, watched) and layer not in watched:
         return "in eval mode torch's fused path may compute it, past the layers in it"
     return None
 

@@ -54,7 +54,7 @@ def test_accelerate_says_what_it_leaves_and_why() -> None:
         {
             "named": named,
             "normed": torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2)),
-            "encoder": torch.nn.TransformerEncoderLayer(2, 1, 4, batch_first=True),
+            "encoder": type("Encoder", (torch.nn.TransformerEncoderLayer,), {})(2, 1, 4),
         }
     )
     kept = gpunn.accelerate(net).kept
