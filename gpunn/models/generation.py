@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 import gpunn.functional as GF
@@ -126,3 +129,15 @@ def sample(
     """
     p = next_probabilities(logits, temperature, top_k, top_p)
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; then every module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

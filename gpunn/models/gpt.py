@@ -7,15 +7,13 @@ learners", OpenAI 2019 (GPT-2); the code that came with it, github.com/openai/gp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 import gpunn.functional as GF
 from gpunn import nn
-from gpunn.models.generation import KeyValueCache, check_sampling, sample
+from gpunn.models.generation import KeyValueCache, check_sampling, evaluating, sample
 
 
 class GPTAttention(nn.Module):
@@ -245,23 +243,11 @@ class GPT(nn.Module):
                 f"{self.n_positions} positions leave beside the prompt, got {n_tokens}"
             )
         cache, found = KeyValueCache(length), [prompt]
-        with _evaluating(self):
+        with evaluating(self):
             for _ in range(n_tokens):
                 logits = self.next_logits(found[-1], cache)
                 found.append(sample(logits, temperature, top_k, top_p, generator)[:, None])
         return torch.cat(found, 1)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; then every module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _from_checkpoint(
