@@ -21,6 +21,7 @@ from gpunn.profiling.pooling_cases import pooling_cases
 from gpunn.profiling.rotary_embedding_cases import rotary_embedding_cases
 from gpunn.profiling.softmax_cases import softmax_cases
 from gpunn.profiling.transformer_cases import transformer_cases
+from gpunn.profiling.translation_cases import translation_cases
 
 CASES: dict[str, list[Case]] = {
     "linear": linear_cases(),
@@ -40,13 +41,14 @@ CASES: dict[str, list[Case]] = {
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
     "softmax": softmax_cases(),
-    "models": [*model_cases(), *transformer_cases()],
+    "models": [*model_cases(), *transformer_cases(), *translation_cases()],
 }
 
 CHECKED_AS: dict[str, tuple[str, ...]] = {
     "models": (
         "linear", "convolution", "batch_norm", "pooling", "activation", "attention", "layer_norm",
         "embedding", "linear_cross_entropy",
+        "cross_entropy", "embedding",
     ),
 }  # fmt: skip
 """The ops whose checks must be green before a case is timed, where it is not its own."""

@@ -97,7 +97,7 @@ def test_the_work_of_elementwise_ops(op: str, name: str, shapes: str, n_bytes: i
 
 def test_the_work_of_networks() -> None:
     """Counted by hand, layer by layer; ResNet-50's normalisations are in float32."""
-    resnet, alexnet, gpt, decoding = CASES["models"]
+    resnet, alexnet, gpt, decoding, *_ = CASES["models"]
     parameters, of_norms, multiply_adds, in_first_layer = 25557032, 53120, 4089184256, 118013952
     assert resnet.bytes == 3 * 2 * (parameters + of_norms) + 2 * 128 * 3 * 224**2
     assert resnet.flops == 2 * 128 * (3 * multiply_adds - in_first_layer)
@@ -112,7 +112,7 @@ def test_the_work_of_networks() -> None:
     assert decoding.flops == 2 * (multiply_adds + 2 * pairs)
 
 
-@pytest.mark.parametrize("case", CASES["models"], ids=["ResNet-50", "AlexNet", "GPT", "decoding"])
+@pytest.mark.parametrize("case", CASES["models"], ids=lambda case: case.name)
 def test_networks_compute_the_same_in_float32(case: Case, device: str) -> None:
     """In bfloat16, roundings decide too much for a comparison of gradients to be a strict one."""
     small = replace(case.small(), dtype=torch.float32, tolerance=None)
