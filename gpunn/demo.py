@@ -49,6 +49,7 @@ DEMOS = {
     "lenet": Demo("lenet_digits", "digits, 8×8", 19),
     "alexnet": Demo("alexnet", "two photographs", 120),
     "resnet": Demo("resnet_vs_plain", "digits, 8×8", 60),
+    "transformer": Demo("transformer_translate", "number words", 90),
     "gpt": Demo("gpt_text", "Python's language reference", 75),
     "neuron": Demo("neuron", "truth tables", 12),
     "activations": Demo("activations", "digits, 8×8", 40),

@@ -130,7 +130,7 @@ def test_a_training_step_on_the_kernels(share: bool, device: str) -> None:
         loss, got = step("kernels", torch.float32)
     launched(
         trace, "embedding_forward", "attention_forward", "attention_backward", "row_norm_forward",
-        "row_norm_backward", "linear_forward", "cross_entropy_forward",
+        "row_norm_backward", "linear_forward", "cross_entropy_with_gradient",
     )  # fmt: skip
     assert (loss - exact_loss).abs() <= 2 * (torch_loss - exact_loss).abs() + 1e-6
     assert (got - exact).norm() <= 2 * (baseline - exact).norm() + 1e-6 * exact.norm()

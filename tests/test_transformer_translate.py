@@ -178,7 +178,7 @@ def test_the_kernels_train_as_torch_does(demo: ModuleType, device: str, tmp_path
     assert apart <= 2 * (baseline_after - exact_after).norm() + 1e-3 * moved
     launched(
         trace, "embedding_forward", "linear_forward", "row_norm_forward", "row_norm_backward",
-        "attention_forward", "attention_backward", "cross_entropy_forward",
+        "attention_forward", "attention_backward", "cross_entropy_with_gradient",
     )  # fmt: skip
 
 
