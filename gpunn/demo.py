@@ -27,7 +27,7 @@ class Demo:
     module: str
     data: str
     seconds: int
-    """What it takes with its defaults on two cores of an AMD EPYC."""
+    """About what it takes with its defaults on a core of an AMD EPYC."""
 
     @property
     def docstring(self) -> str:
@@ -45,15 +45,17 @@ class Demo:
 
 
 DEMOS = {
+    "neuron": Demo("neuron", "truth tables", 12),
+    "activations": Demo("activations", "digits, 8×8", 40),
     "digits": Demo("digits_mlp", "digits, 8×8", 4),
+    "tricks": Demo("tricks", "digits, 8×8", 50),
+    "edges": Demo("edges", "a photograph", 2),
     "lenet": Demo("lenet_digits", "digits, 8×8", 19),
     "alexnet": Demo("alexnet", "two photographs", 120),
     "resnet": Demo("resnet_vs_plain", "digits, 8×8", 60),
-    "transformer": Demo("transformer_translate", "number words", 90),
+    "transformer": Demo("transformer_translate", "number words", 100),
     "gpt": Demo("gpt_text", "Python's language reference", 75),
-    "neuron": Demo("neuron", "truth tables", 12),
-    "activations": Demo("activations", "digits, 8×8", 40),
-    "edges": Demo("edges", "a photograph", 2),
+    "gan": Demo("gan", "digits, 8×8", 37),
 }
 
 

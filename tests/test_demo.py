@@ -128,7 +128,7 @@ def test_the_page_keeps_what_ran_before(tmp_path: Path, monkeypatch: Patch) -> N
 def test_an_unknown_demo_is_refused(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["demo", "nonsense"])
-    assert "unknown demo 'nonsense'; known are digits" in capsys.readouterr().err
+    assert "unknown demo 'nonsense'; known are neuron" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["doctor", "--seed", "1"])
     assert "unrecognized arguments: --seed 1" in capsys.readouterr().err

@@ -1,0 +1,310 @@
+"""Dropout, batch normalisation, augmentation and shortcuts, each with and without.
+
+    python examples/tricks.py [--device auto] [--seed 0] [--seeds 3] [--out FOLDER] [--quick]
+
+Each trick has a task that shows what it is for, and is switched on and off on it, all else equal:
+
+dropout, where a third of the training labels is drawn at random, which a network without it learns
+by heart; batch normalisation, in a network of ten layers with PyTorch's initial weights, whose
+gradients vanish; augmentation, where there are ten training images a digit, each turned, shifted
+and scaled anew whenever it is seen; shortcuts x + f(x), in a network of 24 layers.
+
+Dropout trains, at once, all networks that are left when neurons are thinned out. What stands for
+their mean is the whole network with its weights scaled; the second picture has it beside the mean
+of the answers of one to a hundred thinned networks, drawn at random (bagging, but that they share
+their weights).
+
+On a GPU it runs on gpunn's kernels, on a CPU on PyTorch's own ops; the printed trace of a training
+step says which ran. The settings were chosen on parts of the training images.
+
+Papers: N. Srivastava et al., "Dropout", 2014; S. Ioffe and C. Szegedy, "Batch normalization", 2015;
+K. He et al., "Deep residual learning", 2016. Data: the digits of digits_mlp.py, a quarter held out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+import gpunn
+from command_line import device_of, parser_for
+from digits_mlp import Digits, load, one_thread, predict, progress_bar, train_step
+from gpunn import nn
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"The demos need {error.name}: pip install 'gpunn[demo]'", name=error.name
+    ) from None
+
+MOMENTUM, BATCH = 0.9, 50
+QUICK_SEEDS, QUICK_SHARE = 2, 0.5  # of the steps
+EXPECTED, QUICK_EXPECTED = 2.0, 1.0  # percentage points
+N_THINNED = 100
+
+
+@dataclass(frozen=True)
+class Trick:
+    """A trick, and the task that it is tried on."""
+
+    task: str
+    build: Callable[[bool], nn.Module]
+    """The network, with or without."""
+    steps: int
+    rate: float
+    n_images: int | None = None
+    """So many training images of each digit; None: all."""
+    wrong: float = 0.0
+    """The share of training labels that are drawn at random."""
+    augmented: bool = False
+    """Whether it changes the images, not the network."""
+
+
+class Residual(nn.Module):
+    """tanh(x Wᵀ + b) + x, in one kernel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width, activation="tanh")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(input, input)
+        return result
+
+
+def with_dropout(on: bool) -> nn.Module:
+    p = 0.5 if on else 0.0
+    return nn.Sequential(
+        nn.Linear(64, 512, activation="relu", dropout_p=p),
+        nn.Linear(512, 512, activation="relu", dropout_p=p),
+        nn.Linear(512, 10),
+    )
+
+
+def with_batch_norm(on: bool) -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs in (64, *[48] * 8):
+        if on:
+            layers += [nn.Linear(inputs, 48), nn.BatchNorm1d(48, activation="relu")]
+        else:
+            layers.append(nn.Linear(inputs, 48, activation="relu"))
+    return nn.Sequential(*layers, nn.Linear(48, 10))
+
+
+def convolutional(on: bool) -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1, activation="relu"),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1, activation="relu"),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 2 * 2, 10),
+    )
+
+
+def with_shortcuts(on: bool) -> nn.Module:
+    block = Residual if on else lambda width: nn.Linear(width, width, activation="tanh")
+    hidden = [block(48) for _ in range(22)]
+    return nn.Sequential(nn.Linear(64, 48), *hidden, nn.Linear(48, 10))
+
+
+TRICKS = {
+    "dropout": Trick("a third of the labels drawn", with_dropout, 800, 0.1, wrong=1 / 3),
+    "batch normalisation": Trick("10 layers", with_batch_norm, 200, 0.05),
+    "augmentation": Trick("10 images a digit", convolutional, 600, 0.05, 10, augmented=True),
+    "shortcuts": Trick("24 layers", with_shortcuts, 400, 0.01),
+}
+
+
+def training_part(trick: Trick, digits: Digits, seed: int) -> Digits:
+    """The images that the task trains on, and their labels, of which some may be wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = digits.train_x, digits.train_y.cpu()
+    order = torch.randperm(len(x), generator=generator)
+    if trick.n_images is not None:
+        order = torch.cat([order[y[order] == digit][: trick.n_images] for digit in range(10)])
+    y = y[order]
+    wrong = torch.rand(len(y), generator=generator) < trick.wrong
+    drawn = torch.randint(10, (len(y),), generator=generator)
+    labels = torch.where(wrong, drawn, y).to(x.device)
+    return replace(digits, train_x=x[order.to(x.device)], train_y=labels)
+
+
+def augmented(x: torch.Tensor) -> torch.Tensor:
+    """Each image turned by up to 15 degrees, scaled by up to a tenth, shifted by up to a pixel."""
+    n = len(x)
+    turn, scale, right, down = (torch.rand(4, n, device=x.device) * 2 - 1).unbind()
+    turn, scale = turn * 0.26, 1 + 0.1 * scale
+    cos, sin = turn.cos() * scale, turn.sin() * scale
+    rows = torch.stack([cos, -sin, right / 4, sin, cos, down / 4], 1).view(n, 2, 3)
+    images = x.view(n, 1, 8, 8)
+    where = F.affine_grid(rows, list(images.shape), align_corners=False)
+    return F.grid_sample(images, where, padding_mode="border", align_corners=False).view_as(x)
+
+
+def learn(
+    trick: Trick, on: bool, digits: Digits, seed: int, steps: int
+) -> tuple[nn.Module, gpunn.Trace]:
+    """A network that was trained, and the trace of its first step."""
+    part = training_part(trick, digits, seed)
+    torch.manual_seed(seed)
+    model = trick.build(on).to(part.train_x.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=trick.rate, momentum=MOMENTUM)
+    order: list[torch.Tensor] = []
+    for step in range(steps):
+        if not order:
+            order = list(torch.randperm(len(part.train_x)).split(BATCH))
+        rows = order.pop().to(part.train_x.device)
+        x, y = part.train_x[rows], part.train_y[rows]
+        x = augmented(x) if on and trick.augmented else x
+        for group in optimizer.param_groups:
+            group["lr"] = trick.rate * (1 - step / steps)
+        if step == 0:
+            with gpunn.trace() as trace:
+                train_step(model, optimizer, x, y)
+        else:
+            train_step(model, optimizer, x, y)
+    return model, trace
+
+
+def accuracy_of(logits: torch.Tensor, y: torch.Tensor) -> float:
+    return (logits.argmax(1) == y).double().mean().item()
+
+
+@torch.no_grad()
+def thinned(model: nn.Module, digits: Digits, seed: int) -> list[float]:
+    """The accuracy of the mean answer of one, two, … N_THINNED thinned networks."""
+    torch.manual_seed(seed)
+    model.train()
+    total = torch.zeros(len(digits.held_out_x), 10, device=digits.held_out_x.device)
+    found = []
+    for _ in range(N_THINNED):
+        total += model(digits.held_out_x).softmax(1)
+        found.append(accuracy_of(total, digits.held_out_y))
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found."""
+
+    accuracies: dict[str, tuple[list[float], list[float]]]
+    """Of each trick, without and with it, by seed."""
+    bagged: list[list[float]]
+    """Of dropout's networks, by seed and number of thinned ones."""
+    trace: gpunn.Trace
+
+    def gains(self, name: str) -> torch.Tensor:
+        """By how many percentage points the trick helps, by seed."""
+        without, with_ = map(torch.tensor, self.accuracies[name])
+        return torch.sub(with_, without) * 100
+
+
+def run(digits: Digits, seeds: Sequence[int], share: float) -> Result:
+    """Every trick, with and without, from every seed."""
+    result = Result({name: ([], []) for name in TRICKS}, [], gpunn.Trace())
+    tried = list(itertools.product(TRICKS.items(), seeds, (False, True)))
+    with one_thread(), progress_bar() as progress:
+        task = progress.add_task("", total=len(tried), loss=float("nan"))
+        for (name, trick), seed, on in tried:
+            model, trace = learn(trick, on, digits, seed, round(trick.steps * share))
+            accuracy = accuracy_of(predict(model, digits.held_out_x), digits.held_out_y)
+            result.accuracies[name][on].append(accuracy)
+            if name == "dropout" and on:
+                result.bagged.append(thinned(model, digits, seed))
+            result.trace.launches.extend(trace.launches)
+            result.trace.fallbacks.extend(trace.fallbacks)
+            progress.update(task, advance=1, loss=1 - accuracy)
+    return result
+
+
+def draw_tricks(result: Result) -> Figure:
+    """With and without: mean, standard deviation, and every seed as a dot."""
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for index, pair in enumerate(result.accuracies.values()):
+        for on, (values, colour) in enumerate(zip(pair, ("tab:grey", "tab:green"), strict=True)):
+            measured = torch.tensor(values)
+            place = index + (on - 0.5) * 0.36
+            deviation = float(measured.std()) if len(values) > 1 else 0.0
+            axes.bar(
+                place, float(measured.mean()), 0.32, yerr=deviation, color=colour, alpha=0.6,
+                capsize=4, label=None if index else ("with" if on else "without"),
+            )  # fmt: skip
+            axes.scatter([place] * len(values), values, color="black", s=12, zorder=3)
+    labels = [f"{name}\n({trick.task})" for name, trick in TRICKS.items()]
+    axes.set_xticks(range(len(TRICKS)), labels)
+    axes.set_yticks([share / 5 for share in range(6)])
+    axes.set(title="Held-out digits read correctly, with each trick and without", ylim=(0, 1.2))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(loc="upper right", ncols=2)
+    return figure
+
+
+def draw_bagging(result: Result) -> Figure:
+    """The mean of thinned networks, and the whole network, which stands for it."""
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    axes: Axes = figure.subplots()
+    numbers = range(1, N_THINNED + 1)
+    whole = result.accuracies["dropout"][1]
+    for seed, (bagged, accuracy) in enumerate(zip(result.bagged, whole, strict=True)):
+        (line,) = axes.plot(numbers, bagged, label="mean of thinned networks" if not seed else None)
+        axes.axhline(
+            accuracy, color=line.get_color(), linestyle=":",
+            label=None if seed else "the whole network, scaled",
+        )  # fmt: skip
+    axes.set(
+        title="Dropout as bagging (a colour a seed)",
+        xlabel="number of thinned networks",
+        ylabel="held-out digits read correctly",
+        xscale="log",
+    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and print what it found; the last line is the figure that it reached."""
+    parser = parser_for(__doc__, "tricks")
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
+    parser.add_argument("--seeds", type=int, help="how many (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="half of the steps, two seeds")
+    given = parser.parse_args(argv)
+    n_seeds = given.seeds if given.seeds is not None else QUICK_SEEDS if given.quick else 3
+    if n_seeds < 1:
+        parser.error(f"--seeds: expected 1 or more, got {n_seeds}")
+    device = device_of(parser, given.device)
+    digits = load(device)
+    seeds = range(given.seed, given.seed + n_seeds)
+    result = run(digits, seeds, QUICK_SHARE if given.quick else 1.0)
+    figures = {"tricks.png": draw_tricks(result), "bagging.png": draw_bagging(result)}
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(given.out / name, dpi=90, bbox_inches="tight", pad_inches=0.15)
+    print(f"The first training step of each network on {device} ran:\n{result.trace}")
+    for name, (without, with_) in result.accuracies.items():
+        shown = ", ".join(f"{a:.1%} to {b:.1%}" for a, b in zip(without, with_, strict=True))
+        print(f"{name}: from {shown}")
+    whole, bagged = result.accuracies["dropout"][1], [one[-1] for one in result.bagged]
+    shown = ", ".join(f"{a:.1%} and {b:.1%}" for a, b in zip(bagged, whole, strict=True))
+    print(f"mean of {N_THINNED} thinned networks, and the whole one: {shown}")
+    print("Pictures:", *(given.out / name for name in figures))
+    least = min(float(result.gains(name).mean()) for name in TRICKS)
+    expected = QUICK_EXPECTED if given.quick else EXPECTED
+    print(f"Least mean gain of a trick: {least:+.1f} points (expected: at least {expected:+.1f})")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

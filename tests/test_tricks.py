@@ -1,0 +1,115 @@
+"""The demo of tricks: each helps, its tasks are what they say, and the kernels train as torch."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import gpunn
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture
+def tricks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The demo, which imports what it shares as scripts do, from its own folder."""
+    for package in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("tricks")
+
+
+def test_every_trick_helps(
+    tricks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quick demo, from one seed."""
+    from matplotlib.image import imread
+
+    with gpunn.backend("torch"):
+        arguments = ["--quick", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path)]
+        assert tricks.main(arguments) == 0
+    shown = capsys.readouterr().out
+    last = shown.splitlines()[-1]
+    said = re.fullmatch(
+        r"Least mean gain of a trick: ([+-][\d.]+) points \(expected: at least ([+-][\d.]+)\)", last
+    )
+    assert said, last
+    assert float(said[1]) >= float(said[2]) == tricks.QUICK_EXPECTED > 0
+    assert "mean of 100 thinned networks, and the whole one: 9" in shown
+    for name in ("tricks.png", "bagging.png"):
+        pixels = imread(tmp_path / name)
+        assert min(pixels.shape[:2]) > 200
+        assert pixels.std() > 0.02, f"{name} is blank"
+
+
+def labels_of(digits: Any) -> dict[tuple[float, ...], int]:
+    """By training image, its label."""
+    pairs = zip(digits.train_x.tolist(), digits.train_y.tolist(), strict=True)
+    return {tuple(image): label for image, label in pairs}
+
+
+def test_the_tasks_are_what_they_say(tricks: ModuleType) -> None:
+    digits = tricks.load("cpu")
+    noisy = tricks.training_part(tricks.TRICKS["dropout"], digits, 3)
+    truth = labels_of(digits)
+    wrong = [truth[image] != label for image, label in labels_of(noisy).items()]
+    assert 0.25 < sum(wrong) / len(wrong) < 0.35  # a tenth of a third is right by luck
+    few = tricks.training_part(tricks.TRICKS["augmentation"], digits, 3)
+    assert torch.bincount(few.train_y).tolist() == [10] * 10
+    assert labels_of(few).items() <= truth.items()
+    for part in (noisy, few):
+        assert torch.equal(part.held_out_x, digits.held_out_x)
+        assert torch.equal(part.held_out_y, digits.held_out_y)
+
+
+def test_augmentation_moves_an_image_a_little(tricks: ModuleType) -> None:
+    x = tricks.load("cpu").train_x[:64]
+    moved = tricks.augmented(x)
+    assert moved.shape == x.shape
+    assert not torch.equal(moved, x)
+    together = torch.stack([x.flatten(), moved.flatten()])
+    assert 0.5 < float(torch.corrcoef(together)[0, 1]) < 0.9
+
+
+def test_what_switches_a_trick_on(tricks: ModuleType) -> None:
+    """The same layers but for it; and a shortcut is the input, where the layer gives 0."""
+    counts = {
+        name: [sum(p.numel() for p in trick.build(on).parameters()) for on in (False, True)]
+        for name, trick in tricks.TRICKS.items()
+    }
+    for name in ("dropout", "augmentation", "shortcuts"):
+        assert counts[name][0] == counts[name][1]
+    assert counts["batch normalisation"][1] - counts["batch normalisation"][0] == 9 * 2 * 48
+    block = tricks.Residual(5)
+    torch.nn.init.zeros_(block.layer.weight)
+    torch.nn.init.zeros_(block.layer.bias)
+    x = torch.randn(3, 5)
+    with gpunn.backend("torch"):
+        assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("name", ["batch normalisation", "augmentation", "shortcuts"])
+def test_the_kernels_train_as_torch_does(
+    tricks: ModuleType, name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights after a step of few images; nothing is left to torch."""
+    monkeypatch.setattr(tricks, "BATCH", 16)
+    digits, trained = tricks.load(device), []
+    for choice in ("torch", "kernels"):
+        with gpunn.backend(choice):
+            model, trace = tricks.learn(tricks.TRICKS[name], True, digits, 0, 1)
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert not trace.fallbacks
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-4)
+
+
+def test_bad_options_are_refused(tricks: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tricks.main(["--seeds", "0"])
+    assert "--seeds: expected 1 or more, got 0" in capsys.readouterr().err
