@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import html
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -39,9 +40,8 @@ class Demo:
 
     @property
     def prose(self) -> list[str]:
-        """The docstring's paragraphs, but for the title and what is indented: the usage."""
-        paragraphs = self.docstring.split("\n\n")[1:]
-        return [" ".join(p.split()) for p in paragraphs if not p.startswith(" ")]
+        """The docstring's paragraphs after title and usage; a formula is indented."""
+        return self.docstring.split("\n\n")[2:]
 
 
 DEMOS = {
@@ -141,11 +141,20 @@ def write_page(out: Path) -> Path:
     return page
 
 
+def paragraph(text: str) -> str:
+    """Of a docstring; what is indented keeps its lines, and ``this`` is code."""
+    if text.startswith(" "):
+        return f"<pre>{html.escape(text)}</pre>"
+    escaped = html.escape(" ".join(text.split()))
+    marked = re.sub("``(.+?)``", r"<code>\1</code>", escaped)
+    return f"<p>{marked}</p>"
+
+
 def section(name: str, drawn: Path) -> str:
     """A demo's part of the page."""
     command, last = (drawn / SAID).read_text().splitlines()
     lines = [f'<section id="{name}">', f"<h2>{html.escape(DEMOS[name].title)}</h2>"]
-    lines += [f"<p>{html.escape(text)}</p>" for text in DEMOS[name].prose]
+    lines += map(paragraph, DEMOS[name].prose)
     lines += [f'<p class="said">{html.escape(last)}</p>', f"<p><code>{html.escape(command)}</code>"]
     for picture in sorted(p for p in drawn.iterdir() if p.suffix in (".png", ".jpg")):
         caption = picture.stem.replace("_", " ")

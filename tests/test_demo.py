@@ -23,7 +23,9 @@ SMALL = '''
     python small.py [--fail]
 
 One paragraph of prose,
-in two lines.
+in ``two`` lines:
+
+    a + b
 
 Data: none.
 """
@@ -98,7 +100,8 @@ def test_a_demo_gets_its_options_and_its_page_is_written(tmp_path: Path, capsys:
     assert (out / page.pictures[0]).exists()
     for text in (
         "It draws & says <what> it was told.",
-        "One paragraph of prose, in two lines.",
+        "One paragraph of prose, in two lines:",
+        "    a + b",
         "Data: none.",
         "Reached: 5 < 9",
         "gpunn demo small --seed 7 --quick",
