@@ -11,7 +11,7 @@ import functools
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,9 +175,11 @@ def _why_no_cupy() -> str | None:  # torch.compile looks past the memory of what
     return why_no_cupy()
 
 
-def takes_cuda(operator: str, *tensors: torch.Tensor | None) -> bool:
+def takes_cuda(
+    operator: str, *tensors: torch.Tensor | None, also: Sequence[torch.dtype] = ()
+) -> bool:
     """``takes`` for an operator whose kernels are CUDA C++: on a GPU they need CuPy, too."""
-    if not takes(operator, *tensors):
+    if not takes(operator, *tensors, also=also):
         return False
     on_a_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
     reason = _why_no_cupy() if on_a_gpu else None

@@ -253,6 +253,10 @@ T atomicAdd(T* address, T value) {
     return std::exchange(*address, T(*address + value));
 }
 template <typename T>
+T atomicOr(T* address, T value) {
+    return std::exchange(*address, *address | value);
+}
+template <typename T>
 T atomicMax(T* address, T value) {
     return std::exchange(*address, *address < value ? value : *address);
 }
@@ -277,6 +281,15 @@ T min(T a, T b) {
 template <typename T>
 T max(T a, T b) {
     return a < b ? b : a;
+}
+// Of half turns: exact at their quarters, as CUDA's.
+inline void sincospi(double x, double* sine, double* cosine) {
+    double turn = remainder(x, 2), quarter = rint(2 * turn), rest = M_PI * (turn - quarter / 2);
+    double s = sin(rest), c = cos(rest);
+    int quarters = int(quarter) & 3;
+    *sine = quarters & 1 ? c : s;
+    *cosine = quarters & 1 ? -s : c;
+    if (quarters & 2) *sine = -*sine, *cosine = -*cosine;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }

@@ -240,12 +240,12 @@ def _transform() -> str | None:
     return None
 
 
-def _refusal_of(tensor: torch.Tensor) -> str | None:
+def _refusal_of(tensor: torch.Tensor, also: Sequence[torch.dtype]) -> str | None:
     kind = tensor.device.type
     captures_it = kind == "meta" and _capture is not None
     if (kind not in ("cpu", "cuda") and not captures_it) or torch.version.hip:
         return f"{kind} tensor" + (" on ROCm" if torch.version.hip else "")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in _DTYPES and tensor.dtype not in also:
         return f"no kernel for {tensor.dtype} on {kind}"
     if tensor.is_nested or tensor.layout != torch.strided:
         return "nested tensor" if tensor.is_nested else f"{tensor.layout} tensor"
@@ -261,14 +261,17 @@ def _refusal_of(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def refusal(tensors: Sequence[torch.Tensor | None]) -> str | None:
-    """Why no kernel can take these tensors here; None when one can."""
+def refusal(tensors: Sequence[torch.Tensor | None], also: Sequence[torch.dtype] = ()) -> str | None:
+    """Why no kernel can take these tensors here; None when one can.
+
+    ``also`` are dtypes that an operator takes beside those that all do.
+    """
     for tensor in tensors:
         if tensor is None:
             continue
         if tensor.is_cpu and not INTERPRETING:  # first, since it is what a CPU's user waits for
             return "cpu tensor, and TRITON_INTERPRET is not 1"
-        if (reason := _refusal_of(tensor)) is not None:
+        if (reason := _refusal_of(tensor, also)) is not None:
             return reason
     in_transform: str | None = _transform()
     return in_transform
@@ -292,12 +295,15 @@ def decline(operator: str, reason: str) -> None:
     record_fallback(operator, reason)
 
 
-def takes(operator: str, *tensors: torch.Tensor | None) -> bool:
-    """Whether the kernels take these tensors under the chosen backend; the trace says why not."""
+def takes(operator: str, *tensors: torch.Tensor | None, also: Sequence[torch.dtype] = ()) -> bool:
+    """Whether the kernels take these tensors under the chosen backend; the trace says why not.
+
+    ``also`` are dtypes that this operator takes beside those that all do.
+    """
     if _backend == "torch":
         record_fallback(operator, "backend('torch')")
         return False
-    reason = refusal(tensors)
+    reason = refusal(tensors, also)
     if reason is not None:
         decline(operator, reason)
     return reason is None

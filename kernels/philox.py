@@ -14,6 +14,7 @@ import triton.language as tl
 # A seed is one int64 on the tensor's own device, drawn from torch's generator there: no host
 # synchronisation, reproducible from torch.manual_seed, and fresh when a CUDA graph is replayed.
 _SEED_LIMIT = 2**63 - 1
+_WORD = 2**32 - 1
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
@@ -29,6 +30,26 @@ def dropout_arguments(dropout_p: float) -> tuple[int, float]:
     """
     threshold = max(round(dropout_p * 2**32), 1) - 1 - 2**31
     return threshold, 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
+
+
+def _product(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The upper and the lower word of a product of two words, which int64 would not hold."""
+    low = (a & 0xFFFF) * b
+    middle = (a >> 16) * b + (low >> 16)
+    return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def random_words(seed: torch.Tensor, counter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The four words of each counter, an int64 of two words, as torch computes them: in int64."""
+    c0, c1 = counter & _WORD, counter >> 32 & _WORD
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        high0, low0 = _product(c0, 0xD2511F53)
+        high1, low1 = _product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return c0, c1, c2, c3
 
 
 @triton.jit

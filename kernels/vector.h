@@ -42,6 +42,7 @@ __device__ inline float widen(float value) { return value; }
 __device__ inline double widen(double value) { return value; }
 __device__ inline float widen(__half value) { return __half2float(value); }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float widen(unsigned char value) { return value; }
 
 template <typename T>
 struct WideOf {
@@ -54,7 +55,7 @@ struct WideOf<double> {
 template <typename T>
 using Wide = typename WideOf<T>::type;
 
-// The nearest T, ties to even.
+// The nearest T, ties to even; of an integer type, within its range.
 template <typename T>
 __device__ T narrow(Wide<T> value) {
     return value;
@@ -66,6 +67,10 @@ __device__ inline __half narrow<__half>(float value) {
 template <>
 __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
     return __float2bfloat16(value);
+}
+template <>
+__device__ inline unsigned char narrow<unsigned char>(float value) {
+    return (unsigned char)fmin(fmax(rint(value), 0.0f), 255.0f);
 }
 
 // The number of this thread in a grid of one dimension.

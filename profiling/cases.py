@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpunn.profiling.attention_cases import attention_cases
+from gpunn.profiling.augment_cases import augment_cases
 from gpunn.profiling.batch_norm_cases import batch_norm_cases
 from gpunn.profiling.case import Case
 from gpunn.profiling.convolution_cases import convolution_cases
@@ -40,6 +41,7 @@ CASES: dict[str, list[Case]] = {
     "pointwise_loss": pointwise_loss_cases(),
     "pooling": pooling_cases(),
     "dropout": dropout_cases(),
+    "augment": augment_cases(),
     "softmax": softmax_cases(),
     "models": [*model_cases(), *transformer_cases(), *translation_cases()],
 }

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from attention_scenarios import attention_scenarios
+from augment_scenarios import augment_scenarios
 from batch_norm_scenarios import batch_norm_scenarios
 from convolution_scenarios import convolution_scenarios
 from cross_entropy_scenarios import cross_entropy_scenarios
@@ -190,6 +191,7 @@ SCENARIOS = {
     **nll_loss_scenarios(),
     **pointwise_loss_scenarios(),
     **cuda_scenarios(),
+    **augment_scenarios(),
 }
 
 

@@ -28,6 +28,7 @@ OPS = sorted(
         "attention_decode",
         "attention_weights",
     }
+    - {"augment_arguments", "augment_composition"}
     - {"sync_batch_norm"}  # whose kernels and reference are batch_norm's
     # made of linear and attention, with no kernel of its own
     - {"multihead_attention", "multihead_attention_arguments"}

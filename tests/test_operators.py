@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gpunn.functional  # noqa: F401  (registers the ops)
+from gpunn.functional.augment_arguments import settings_of
 from gpunn.kernels.launch import launchers
 
 
@@ -187,6 +188,19 @@ def loss_arguments(device: str) -> dict[str, tuple[object, ...]]:
     }
 
 
+def augment_arguments(device: str) -> dict[str, tuple[object, ...]]:
+    """Of all distortions at once, of which the gradient needs the pictures."""
+    settings = settings_of(
+        rotation=30, crop_area=(0.5, 1), elastic_amplitude=2, brightness=0.5, horizontal_flip=0.5
+    )
+    images, seed = torch.rand(2, 3, 6, 5, device=device), torch.tensor([7], device=device)
+    dy = torch.randn(2, 3, 4, 7, device=device)
+    return {
+        "augment_forward": (images, seed, [4, 7], *settings, torch.float16),
+        "augment_backward": (dy, images, seed, [6, 5], *settings, torch.float32, True),
+    }
+
+
 def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     """Arguments for every registered op, of which none requires a gradient."""
     x, weight = torch.randn(6, 4, device=device), torch.randn(8, 4, device=device)
@@ -196,7 +210,7 @@ def opcheck_arguments(device: str) -> dict[str, tuple[object, ...]]:
     images = convolution_arguments(device) | pooling_arguments(device)
     images |= batch_norm_arguments(device) | attention_arguments(device)
     images |= row_norm_arguments(device) | row_arguments(device) | embedding_arguments(device)
-    images |= group_norm_arguments(device) | loss_arguments(device)
+    images |= group_norm_arguments(device) | loss_arguments(device) | augment_arguments(device)
     return images | {
         "activation_forward": (x, "gelu", []),
         "activation_backward": (x, x, "gelu", []),

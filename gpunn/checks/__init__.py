@@ -7,6 +7,7 @@ hardly more, and an entry below.
 from gpunn.checks import (
     activation,
     attention,
+    augment,
     batch_norm,
     convolution,
     cross_entropy,
@@ -28,6 +29,7 @@ from gpunn.checks.comparison import Check
 CHECKS: dict[str, list[Check]] = {
     "activation": activation.CHECKS,
     "attention": attention.CHECKS,
+    "augment": augment.CHECKS,
     "batch_norm": batch_norm.CHECKS,
     "convolution": convolution.CHECKS,
     "cross_entropy": cross_entropy.CHECKS,

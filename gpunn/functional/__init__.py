@@ -26,6 +26,7 @@ from gpunn.functional.attention import scaled_dot_product_attention
 from gpunn.functional.attention_decode import attention_decode
 from gpunn.functional.attention_varlen import attention_varlen
 from gpunn.functional.attention_weights import attention_weights
+from gpunn.functional.augment import augment
 from gpunn.functional.batch_norm import batch_norm
 from gpunn.functional.convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d
 from gpunn.functional.cross_entropy import cross_entropy
@@ -83,6 +84,7 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "attention_weights",
+    "augment",
     "avg_pool1d",
     "avg_pool2d",
     "batch_norm",

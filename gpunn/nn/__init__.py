@@ -39,6 +39,7 @@ from gpunn.nn.activation import (
     Tanhshrink,
 )
 from gpunn.nn.attention import ScaledDotProductAttention
+from gpunn.nn.augment import Augment
 from gpunn.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from gpunn.nn.convolution import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from gpunn.nn.cross_entropy import CrossEntropyLoss
@@ -95,6 +96,7 @@ __all__ = [
     "AdaptiveMaxPool1d",
     "AdaptiveMaxPool2d",
     "AlphaDropout",
+    "Augment",
     "AvgPool1d",
     "AvgPool2d",
     "BCEWithLogitsLoss",

@@ -1,0 +1,170 @@
+// Augmentation: each picture is distorted by parameters of its own, drawn from a seed and its
+// number, in one pass: the way back, displacement, bilinear sampling, colour. Its gradient is added
+// up in integers, whose sum does not depend on who comes first.
+#include "augment.h"
+
+// What pixels are computed in.
+template <typename S, typename T>
+using Real = decltype(Wide<S>() + Wide<T>());
+
+// Writes a tile, N elements of a line at a time; a line has all of its channels where LAST.
+template <int N, bool LAST, int CHANNELS, int TILE_WIDTH, int TILE_HEIGHT, typename T>
+__device__ inline void write_lines(T* y, const T* pixels, const Tile& tile, const Extent& extent) {
+    constexpr int LINE = TILE_WIDTH * (LAST ? CHANNELS : 1);
+    constexpr int LINES = TILE_HEIGHT * (LAST ? 1 : CHANNELS);
+    int length = tile.width * (LAST ? CHANNELS : 1);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < LINES * LINE / N; i += blockDim.x) {
+        int line = i / (LINE / N), at = i % (LINE / N) * N, row = line % TILE_HEIGHT;
+        if (row >= tile.height || at >= length) continue;
+        long long plane = LAST ? tile.picture
+                               : tile.picture * extent.n_channels + tile.channel + line / TILE_HEIGHT;
+        long long pixel = (plane * extent.out_height + tile.top + row) * extent.out_width + tile.left;
+        long long to = LAST ? (pixel + at / CHANNELS) * extent.n_channels + tile.channel + at % CHANNELS
+                            : pixel + at;
+        const T* from = pixels + line * LINE + at;
+        if (N > 1)  // the plain store, by name: an assignment is here compiled to narrower ones
+            __stwb(reinterpret_cast<uint4*>(y + to), *reinterpret_cast<const uint4*>(from));
+        else
+            y[to] = *from;
+    }
+}
+
+// y[n] = picture n of images, distorted and recoloured. A block owns a tile, of CHANNELS channels.
+// LAST: y lies channels_last in memory, and not contiguous. ``wide``: its lines can be written by
+// 16 bytes; for LAST, CHANNELS is then all channels.
+template <typename S, typename T, int CHANNELS, bool LAST, int TILE_WIDTH, int TILE_HEIGHT>
+__global__ void augment_forward_kernel(const S* images, const long long* seed, T* y,
+                                       Settings settings, Extent extent, Strides strides,
+                                       long long wide) {
+    using R = Real<S, T>;
+    __shared__ Scene<R, TILE_WIDTH, TILE_HEIGHT> scene;
+    alignas(16) __shared__ T pixels[CHANNELS * TILE_HEIGHT * TILE_WIDTH];
+    Tile tile = tile_of<CHANNELS, TILE_WIDTH, TILE_HEIGHT>(extent, 0);
+    set_scene(scene, tile, *seed, settings, extent);
+    const S* channel = images + tile.picture * strides.picture + tile.channel * strides.channel;
+    for (int i = threadIdx.x; i < TILE_HEIGHT * TILE_WIDTH; i += blockDim.x) {
+        int row = i / TILE_WIDTH, column = i % TILE_WIDTH;
+        if (row >= tile.height || column >= tile.width) continue;
+        Taps<R> taps = taps_of(scene, tile, tile.top + row, tile.left + column, settings, extent);
+        R values[CHANNELS];
+        sample(channel, taps, strides, R(settings.fill), values);
+        recolour(values, scene.picture, settings);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; c++) {
+            int at = LAST ? i * CHANNELS + c : c * TILE_HEIGHT * TILE_WIDTH + i;
+            pixels[at] = narrow<T>(Wide<T>(values[c] * R(settings.unit)));
+        }
+    }
+    __syncthreads();
+    if (wide)
+        write_lines<16 / sizeof(T), LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
+    else
+        write_lines<1, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
+}
+
+// exponent = the least with |dy| < 2^exponent for all finite dy other than 0, or what it was.
+template <typename T>
+__global__ void augment_exponent_kernel(const T* dy, int* exponent, Extent extent, Strides strides,
+                                        long long n_elements) {
+    Wide<T> largest = 0;
+    for (long long i = this_thread(); i < n_elements; i += (long long)gridDim.x * blockDim.x) {
+        long long row = quotient(i, extent.out_width), plane = quotient(row, extent.out_height);
+        long long picture = quotient(plane, extent.n_channels);
+        long long at = picture * strides.picture +
+                       (plane - picture * extent.n_channels) * strides.channel +
+                       (row - plane * extent.out_height) * strides.row +
+                       (i - row * extent.out_width) * strides.column;
+        Wide<T> size = fabs(widen(dy[at]));
+        if (size > largest && size - size == 0) largest = size;
+    }
+    for (int lanes = warpSize / 2; lanes; lanes /= 2)
+        largest = fmax(largest, __shfl_xor_sync(~0u, largest, lanes));
+    if (threadIdx.x % warpSize == 0 && largest > 0) atomicMax(exponent, ilogb(double(largest)) + 1);
+}
+
+// The unit in which gradients are added up, as a power of two.
+__device__ inline int unit_exponent(const int* exponent, long long shift) {
+    return min(int(shift) - *exponent, 1000);
+}
+
+// What a pixel of the input gets beside numbers, in four bits of a word for each.
+const unsigned IS_NAN = 1, IS_INFINITE = 2, IS_MINUS_INFINITE = 4;
+
+template <typename R>
+__device__ inline void add(long long* sums, unsigned* marks, long long at, long long marked,
+                           R value, double unit) {
+    if (value - value == 0) {
+        unsigned long long added = llrint(value * unit);
+        atomicAdd(reinterpret_cast<unsigned long long*>(sums) + at, added);
+    } else {
+        unsigned mark = value != value ? IS_NAN : value > 0 ? IS_INFINITE : IS_MINUS_INFINITE;
+        atomicOr(marks + marked / 8, mark << marked % 8 * 4);
+    }
+}
+
+// sums += the gradients of the pixels of images, from picture ``first`` on, in units of
+// 2^(*exponent - shift); marks, of all pictures, say where something infinite is added, or a NaN.
+// Where colours are clamped, images are needed to see which.
+template <typename S, typename T, int CHANNELS, int TILE_WIDTH, int TILE_HEIGHT>
+__global__ void augment_scatter_kernel(const T* dy, const S* images, const long long* seed,
+                                       const int* exponent, long long* sums, unsigned* marks,
+                                       Settings settings, Extent extent, Strides dy_strides,
+                                       Strides strides, Strides sum_strides, long long first,
+                                       long long shift) {
+    using R = Real<S, T>;
+    __shared__ Scene<R, TILE_WIDTH, TILE_HEIGHT> scene;
+    Tile tile = tile_of<CHANNELS, TILE_WIDTH, TILE_HEIGHT>(extent, first);
+    set_scene(scene, tile, *seed, settings, extent);
+    double unit = ldexp(1.0, unit_exponent(exponent, shift));
+    const S* channel = images + tile.picture * strides.picture + tile.channel * strides.channel;
+    dy += tile.picture * dy_strides.picture + tile.channel * dy_strides.channel;
+    long long plane = tile.channel * sum_strides.channel, before = first * sum_strides.picture;
+    plane += (tile.picture - first) * sum_strides.picture;
+    for (int i = threadIdx.x; i < TILE_HEIGHT * TILE_WIDTH; i += blockDim.x) {
+        int row = tile.top + i / TILE_WIDTH, column = tile.left + i % TILE_WIDTH;
+        if (row >= extent.out_height || column >= extent.out_width) continue;
+        Taps<R> taps = taps_of(scene, tile, row, column, settings, extent);
+        R values[CHANNELS] = {}, gradients[CHANNELS];
+        if (images) sample(channel, taps, strides, R(settings.fill), values);
+        unsigned free = recolour(values, scene.picture, settings);
+        const T* gradient = dy + row * dy_strides.row + column * dy_strides.column;
+#pragma unroll
+        for (int c = 0; c < CHANNELS; c++)
+            gradients[c] = R(widen(gradient[c * dy_strides.channel]));
+        recolour_gradient(gradients, free, scene.picture, settings);
+#pragma unroll
+        for (int k = 0; k < TAPS; k++) {
+            if (!taps.inside[k]) continue;
+            long long at = plane + taps.offset(k, sum_strides);
+#pragma unroll
+            for (int c = 0; c < CHANNELS; c++, at += sum_strides.channel)
+                add(sums, marks, at, before + at, gradients[c] * taps.weights[k], unit);
+        }
+    }
+}
+
+// dx = sums, from element ``first`` of dx on, as numbers; sums are 0 afterwards.
+template <typename T, int N>
+__global__ void augment_gradient_kernel(const int* exponent, long long* sums, const unsigned* marks,
+                                        T* dx, long long first, long long n_elements,
+                                        long long shift) {
+    long long i = this_thread() * N;
+    if (i >= n_elements) return;
+    double unit = ldexp(1.0, -unit_exponent(exponent, shift));
+    Vector<long long, N> sum = load<N>(sums + i);
+    unsigned marked = marks[(first + i) / 8] >> (first + i) % 8 * 4;  // N is 8, or 1
+    Vector<T, N> result;
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        unsigned mark = marked >> 4 * k;
+        Wide<T> value = Wide<T>(sum.values[k] * unit);
+        if (mark & IS_INFINITE) value = value + __uint_as_float(0x7f800000u);
+        if (mark & IS_MINUS_INFINITE) value = value - __uint_as_float(0x7f800000u);
+        if (mark & IS_NAN) value = __uint_as_float(0x7fffffffu);
+        result.values[k] = narrow<T>(value);
+        sum.values[k] = 0;
+    }
+    store(dx + first + i, result);
+    store(sums + i, sum);
+}
