@@ -161,14 +161,14 @@ def looked_up(at: Array, size: int, padding_mode: str) -> Array:
     return at
 
 
-def taps_of(
+def places(
     seed: int,
     picture: int,
     input_size: Sequence[int],
     size: Sequence[int],
     distortion: Distortion,
-) -> tuple[list[Tap], Array]:
-    """Rows, columns and weights, (OH, OW) each, of four pixels; and the weight of the fill."""
+) -> tuple[Array, Array]:
+    """Where in the input each output pixel comes from, x and y, (OH, OW) each."""
     chosen = drawn(seed, picture, distortion)
     matrix = way_there(chosen, input_size, size, distortion.crop_area is not None)
     back = np.linalg.inv(matrix)
@@ -176,12 +176,23 @@ def taps_of(
     if distortion.elastic_amplitude:
         moved = displacements(seed, picture, size, distortion)
         x, y = x + moved[..., 0], y + moved[..., 1]
-    from_x = looked_up(
-        back[0, 0] * x + back[0, 1] * y + back[0, 2], input_size[1], distortion.padding_mode
+    return (
+        back[0, 0] * x + back[0, 1] * y + back[0, 2],
+        back[1, 0] * x + back[1, 1] * y + back[1, 2],
     )
-    from_y = looked_up(
-        back[1, 0] * x + back[1, 1] * y + back[1, 2], input_size[0], distortion.padding_mode
-    )
+
+
+def taps_of(
+    seed: int,
+    picture: int,
+    input_size: Sequence[int],
+    size: Sequence[int],
+    distortion: Distortion,
+) -> tuple[list[Tap], Array]:
+    """The four pixels, and the weight of the fill."""
+    x, y = places(seed, picture, input_size, size, distortion)
+    from_x = looked_up(x, input_size[1], distortion.padding_mode)
+    from_y = looked_up(y, input_size[0], distortion.padding_mode)
     taps: list[Tap] = []
     filled = np.ones(tuple(size))
     for row in (np.floor(from_y), np.floor(from_y) + 1):
