@@ -25,30 +25,29 @@ NO_LIMITS = (-math.inf, math.inf, True, "finite numbers")
 AROUND_ZERO = ("rotation", "shear_x", "shear_y", "translation_x", "translation_y")
 
 
-def is_number(value: object) -> bool:
-    """Whether it is a plain finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_number(name: str, value: object, least: float, greatest: float, words: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _check_number(name: str, value: Any, least: float, greatest: float, words: str) -> None:
+    if not _is_number(value):
         raise TypeError(f"{name}: augment expects {words}, got {value!r}")
-    if not least <= value <= greatest or math.isinf(value):
+    if not (least <= value <= greatest and abs(value) < math.inf):
         raise ValueError(f"{name}: augment expects {words}, got {value!r}")
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:
     """The two ends of a range; of a number, which ends it stands for."""
-    if isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value)):
-        return float(value[0]), float(value[1])
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_number, value)):
+        return value[0], value[1]
     around = name in AROUND_ZERO or name in COLOURS
-    if not (around and is_number(value)):
+    if not (around and _is_number(value)):
         expected = "a number or two, the least first" if around else "two numbers, the least first"
-        error = ValueError if isinstance(value, (int, float)) else TypeError
+        error = ValueError if _is_number(value) else TypeError
         raise error(f"{name}: augment expects {expected}, got {value!r}")
     if value < 0:
         raise ValueError(f"{name}: augment expects a number of at least 0, or two, got {value!r}")
-    return (-float(value), float(value)) if name in AROUND_ZERO else (max(0, 1 - value), 1 + value)
+    return (-value, value) if name in AROUND_ZERO else (max(0.0, 1 - value), 1 + value)
 
 
 def range_of(name: str, value: Any) -> tuple[float, float]:
@@ -59,13 +58,15 @@ def range_of(name: str, value: Any) -> tuple[float, float]:
         ValueError: it is upside down, or beyond the limits of the parameter.
     """
     least, greatest = _pair(name, value)
+    if not (abs(least) < math.inf and abs(greatest) < math.inf):
+        raise ValueError(f"{name}: augment expects finite numbers, got {value!r}")
     if least > greatest:
         raise ValueError(f"{name}: augment expects the least value first, got {value!r}")
     low, high, closed, words = LIMITS.get(name, NO_LIMITS)
     inside = low <= least and greatest <= high if closed else low < least and greatest < high
     if not inside or (name == "crop_area" and least == 0):
         raise ValueError(f"{name}: augment expects {words}, got {value!r}")
-    return least, greatest
+    return float(least), float(greatest)
 
 
 def settings_of(
@@ -125,13 +126,10 @@ def check_images(images: torch.Tensor, settings: Settings) -> None:
         raise TypeError(f"images: augment expects bytes or floating point, got {images.dtype}")
     shape = tuple(images.shape)
     if images.dim() != 4 or 0 in shape[1:]:
-        raise ValueError(
-            f"images: augment expects four dimensions, none but the first 0, got {shape}"
-        )
+        expected = "four dimensions, none but the first 0"
+        raise ValueError(f"images: augment expects {expected}, got {shape}")
     if settings.recolours[2] and shape[1] != 3:
-        raise ValueError(
-            f"saturation: augment expects 3 channels, red, green and blue, got {shape[1]}"
-        )
+        raise ValueError(f"saturation: augment expects red, green, blue, got {shape[1]} channels")
 
 
 def size_of(size: int | Sequence[int] | None, images: torch.Tensor) -> list[int]:
