@@ -13,15 +13,16 @@ __device__ inline void write_lines(T* y, const T* pixels, const Tile& tile, cons
     constexpr int LINE = TILE_WIDTH * (LAST ? CHANNELS : 1);
     constexpr int LINES = TILE_HEIGHT * (LAST ? 1 : CHANNELS);
     int length = tile.width * (LAST ? CHANNELS : 1);
+    long long n_channels = extent.n_channels;
 #pragma unroll 1
     for (int i = threadIdx.x; i < LINES * LINE / N; i += blockDim.x) {
         int line = i / (LINE / N), at = i % (LINE / N) * N, row = line % TILE_HEIGHT;
         if (row >= tile.height || at >= length) continue;
-        long long plane = LAST ? tile.picture
-                               : tile.picture * extent.n_channels + tile.channel + line / TILE_HEIGHT;
-        long long pixel = (plane * extent.out_height + tile.top + row) * extent.out_width + tile.left;
-        long long to = LAST ? (pixel + at / CHANNELS) * extent.n_channels + tile.channel + at % CHANNELS
-                            : pixel + at;
+        long long plane = tile.picture;
+        if (!LAST) plane = plane * n_channels + tile.channel + line / TILE_HEIGHT;
+        long long pixel = (plane * extent.out_height + tile.top + row) * extent.out_width;
+        long long to = pixel + tile.left + (LAST ? at / CHANNELS : at);
+        if (LAST) to = to * n_channels + tile.channel + at % CHANNELS;
         const T* from = pixels + line * LINE + at;
         if (N > 1)  // the plain store, by name: an assignment is here compiled to narrower ones
             __stwb(reinterpret_cast<uint4*>(y + to), *reinterpret_cast<const uint4*>(from));
@@ -57,8 +58,9 @@ __global__ void augment_forward_kernel(const S* images, const long long* seed, T
         }
     }
     __syncthreads();
+    constexpr int N = 16 / sizeof(T);
     if (wide)
-        write_lines<16 / sizeof(T), LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
+        write_lines<N, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
     else
         write_lines<1, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
 }

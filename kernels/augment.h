@@ -7,12 +7,13 @@
 
 // What is drawn for a picture, in this order, as in PARAMETERS of augment.py.
 enum Parameter {
-    HORIZONTAL_FLIP, VERTICAL_FLIP, ROTATION, SHEAR_X, SHEAR_Y, SCALE, TRANSLATION_X, TRANSLATION_Y,
-    CROP_AREA, CROP_RATIO, CROP_X, CROP_Y, BRIGHTNESS, CONTRAST, SATURATION, N_PARAMETERS
+    HORIZONTAL_FLIP, VERTICAL_FLIP, ROTATION, SHEAR_X, SHEAR_Y, SCALE, TRANSLATION_X,
+    TRANSLATION_Y, CROP_AREA, CROP_RATIO, CROP_X, CROP_Y, BRIGHTNESS, CONTRAST, SATURATION,
+    N_PARAMETERS
 };
-const int QUADS = 4;     // of random words, for the parameters; behind them, one a node of the field
-const int FINEST = 4;    // least distance of two nodes, in pixels
-const int TAPS = 4;      // nodes along an axis that move a pixel; pixels that it is made of
+const int QUADS = 4;   // of random words, for the parameters; behind them, one a node of the field
+const int FINEST = 4;  // least distance of two nodes, in pixels
+const int TAPS = 4;    // nodes along an axis that move a pixel; pixels that it is made of
 enum Mode { ZEROS, BORDER, REFLECTION };
 
 // A parameter is least + extent u, with u in [0, 1).

@@ -37,6 +37,21 @@ __global__ void fill_kernel(T* y, const T* absent, Pair pair, long long n, doubl
 
 template<typename T>
 __global__ void __launch_bounds__(256) bounded_kernel(T* y) {}
+
+template <int N>
+__global__ void turn_kernel(const double* half_turns, double* y) {
+    for (int i = threadIdx.x; i < N; i += blockDim.x) sincospi(half_turns[i], y + i, y + N + i);
+}
+
+template <int N>
+__global__ void mark_kernel(int* y) {
+    atomicOr(y + threadIdx.x % N, 1 << threadIdx.x / N);
+}
+
+template <typename S, typename T>
+__global__ void convert_kernel(const S* x, T* y, long long n) {
+    for (long long i = threadIdx.x; i < n; i += blockDim.x) y[i] = narrow<T>(widen(x[i]));
+}
 """
 FILL = CudaText(SOURCE, "fill_kernel")
 PAIR = struct.pack("id", 3, 0.25)
@@ -49,6 +64,44 @@ def fill(device: str, **constants: Any) -> torch.Tensor:
     y = torch.zeros(4, dtype=constants["T"], device=device)
     run("fill", FILL, (2,), y, None, PAIR, 2**21 + 1, 0.5, launch=CudaLaunch(2), **constants)
     return y
+
+
+def launch(name: str, *arguments: Any, **constants: Any) -> None:
+    """One block of 64 threads of a kernel above."""
+    if arguments[0].is_cuda:
+        pytest.importorskip("cupy", reason="CUDA C++ kernels run on a GPU through CuPy")
+    run("test", CudaText(SOURCE, name), (1,), *arguments, launch=CudaLaunch(2), **constants)
+
+
+def test_sine_and_cosine_of_half_turns_are_exact_at_quarters(device: str) -> None:
+    """And elsewhere those of the angle, whatever whole turns are beside it."""
+    quarters = torch.arange(-6, 7) / 2
+    others = torch.tensor([0.1, -0.3, 1 / 3, 0.7, 1.9, -2.4, 100.25, -77.875])
+    x = torch.cat([quarters, others]).double().to(device)
+    y = torch.empty(2, len(x), dtype=torch.float64, device=device)
+    launch("turn_kernel", x, y, N=len(x))
+    exact = [[0, 1, 0, -1][k % 4] for k in range(-6, 8)]
+    assert y[0, : len(quarters)].tolist() == exact[:-1]
+    assert y[1, : len(quarters)].tolist() == exact[1:]
+    turns = (x % 2) * torch.pi
+    torch.testing.assert_close(y, torch.stack([turns.sin(), turns.cos()]), rtol=0, atol=1e-15)
+
+
+def test_marks_of_all_threads_are_kept(device: str) -> None:
+    y = torch.zeros(3, dtype=torch.int32, device=device)
+    y[1] = 2**30
+    launch("mark_kernel", y, N=3)
+    assert y.tolist() == [2**22 - 1, 2**30 | 2**21 - 1, 2**21 - 1]
+
+
+def test_bytes_are_the_nearest_in_their_range(device: str) -> None:
+    x = torch.tensor([-3.0, 0.5, 1.5, 2.5, 2.6, 254.5, 255.4, 255.5, 1e30], device=device)
+    y = torch.empty(len(x), dtype=torch.uint8, device=device)
+    launch("convert_kernel", x, y, len(x), S=torch.float32, T=torch.uint8)
+    assert y.tolist() == [0, 0, 2, 2, 3, 254, 255, 255, 255]
+    back = torch.empty(len(x), device=device)
+    launch("convert_kernel", y, back, len(x), S=torch.uint8, T=torch.float32)
+    assert torch.equal(back, y.float())
 
 
 def test_every_kind_of_argument_arrives(device: str) -> None:
@@ -170,7 +223,7 @@ def on_a_gpu() -> Any:
 
 
 def test_without_cupy_a_gpus_tensors_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "takes", lambda operator, *tensors: True)
+    monkeypatch.setattr(cuda, "takes", lambda operator, *tensors, also: True)
     monkeypatch.setattr(cuda, "why_no_cupy", lambda: "no CuPy today")
     with gpunn.backend("auto"), gpunn.trace() as trace:
         assert not takes_cuda("pool", None, on_a_gpu())
@@ -187,7 +240,7 @@ def test_without_cupy_a_gpus_tensors_are_left_to_torch(monkeypatch: pytest.Monke
 
 def test_a_compiler_does_not_look_into_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it would, with a warning, in a function that is cached."""
-    monkeypatch.setattr(cuda, "takes", lambda operator, *tensors: True)
+    monkeypatch.setattr(cuda, "takes", lambda operator, *tensors, also: True)
     monkeypatch.setattr(cuda, "why_no_cupy", functools.cache(lambda: None))
     torch._dynamo.reset()
     tensor = on_a_gpu()

@@ -152,6 +152,11 @@ def test_refusal_names_the_reason(device: str) -> None:
     x = torch.ones(3, device=device)
     assert refusal([x, None, x.half(), x.bfloat16(), torch.nn.Parameter(x)]) is None
     assert refusal([x, x.int()]) == f"no kernel for torch.int32 on {device}"
+    assert refusal([x, x.byte()], also=(torch.uint8,)) is None
+    assert (
+        refusal([x.byte(), x.int()], also=(torch.uint8,))
+        == f"no kernel for torch.int32 on {device}"
+    )
     assert refusal([x.to(torch.complex64)]) == f"no kernel for torch.complex64 on {device}"
     assert refusal([x.as_subclass(Tagged)]) == "tensor subclass Tagged"
     assert refusal([torch.ones(3, device="meta")]) == "meta tensor"

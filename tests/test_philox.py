@@ -14,7 +14,7 @@ import gpunn
 from gpunn.kernels.dropout import dropout_factors
 from gpunn.kernels.elementwise import ElementwiseLaunch
 from gpunn.kernels.launch import Launch, run
-from gpunn.kernels.philox import draw_seed, dropout_arguments, dropout_factor
+from gpunn.kernels.philox import draw_seed, dropout_arguments, dropout_factor, random_words
 from gpunn.reference import philox as reference
 from kit import each_dtype, launched
 
@@ -84,6 +84,17 @@ def test_published_vectors_in_triton(counter: str, key: str, expected: str, devi
     got = torch.empty(4, dtype=torch.int64, device=device)
     run("test", philox_kernel, (1,), counters.to(device), seed.to(device), got, launch=Launch())
     assert [word % 2**32 for word in got.tolist()] == words(expected)
+
+
+@pytest.mark.parametrize("seed", [*SEEDS, -3])
+def test_torch_computes_the_same_words(seed: int, device: str) -> None:
+    """Of counters of two words, for any seed that an int64 is."""
+    counters = [0, 1, 2**31, 2**32 - 1, 2**32, 0x243F6A8885A308D3 >> 1, 2**63 - 1]
+    got = random_words(torch.tensor([seed], device=device), torch.tensor(counters, device=device))
+    for i, counter in enumerate(counters):
+        key = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+        expected = reference.philox((counter & 0xFFFFFFFF, counter >> 32, 0, 0), key)
+        assert [int(word[i]) for word in got] == [int(word) for word in expected]
 
 
 def test_element_bits_are_the_words_of_their_counters() -> None:
