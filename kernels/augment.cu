@@ -24,8 +24,8 @@ __device__ inline void write_lines(T* y, const T* pixels, const Tile& tile, cons
         long long to = pixel + tile.left + (LAST ? at / CHANNELS : at);
         if (LAST) to = to * n_channels + tile.channel + at % CHANNELS;
         const T* from = pixels + line * LINE + at;
-        if (N > 1)  // the plain store, by name: an assignment is here compiled to narrower ones
-            __stwb(reinterpret_cast<uint4*>(y + to), *reinterpret_cast<const uint4*>(from));
+        if (N > 1)  // as one word: a Vector of the line is here stored by its elements
+            *reinterpret_cast<uint4*>(y + to) = *reinterpret_cast<const uint4*>(from);
         else
             y[to] = *from;
     }
