@@ -155,7 +155,7 @@ def augment(
         images: x (N, C, H, W) of any strides, bytes or floating point; or (N, H, W, C), see layout.
         padding_mode: what is outside, as in F.grid_sample: "zeros", which are ``fill``, "border" or
             "reflection".
-        fill: the colour outside, before brightness and the rest.
+        fill: the colour outside, of bytes up to 255, before brightness and the rest.
         clamp: whether to clamp colours, which are changed otherwise.
         size: of the result, (OH, OW) or one number for both; by default that of the images.
         layout: of the images, "NCHW" or "NHWC". The result is (N, C, OH, OW), channels_last in
