@@ -9,12 +9,14 @@ digits that are bent, as if by another hand. The photographs are bytes, as they 
 pass, a kernel makes of them the distorted ones, as a network takes them.
 
 On a GPU it runs on gpunn's kernel, on a CPU on PyTorch's own operations, and with
-TRITON_INTERPRET=1 in the environment on the kernel, compiled for the CPU. The printed trace says which ran. A seed and
-a picture's number determine it: some are drawn again in other batches, and compared.
+TRITON_INTERPRET=1 in the environment on the kernel, compiled for the CPU. The printed trace says
+which ran. A seed and a picture's number determine it: some are drawn again in other batches, and
+compared.
 
-Data: china.jpg by danielbuechele and flower.jpg by dany13 (flickr.com, licence CC BY 2.0) and the
-digits, all of which scikit-learn ships. Paper: P. Simard, D. Steinkraus and J. Platt, "Best
-practices for convolutional neural networks applied to visual document analysis", 2003.
+Data: china.jpg by danielbuechele and flower.jpg by vultilion (both flickr.com; so their addresses
+say), licence CC BY 2.0, and the digits, all of which scikit-learn ships. Paper: P. Simard,
+D. Steinkraus and J. Platt, "Best practices for convolutional neural networks applied to visual
+document analysis", 2003.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ DEMOS = {
     "digits": Demo("digits_mlp", "digits, 8×8", 4),
     "tricks": Demo("tricks", "digits, 8×8", 50),
     "edges": Demo("edges", "a photograph", 2),
+    "augment": Demo("augment_sheet", "two photographs, digits", 10),
     "lenet": Demo("lenet_digits", "digits, 8×8", 19),
     "alexnet": Demo("alexnet", "two photographs", 120),
     "resnet": Demo("resnet_vs_plain", "digits, 8×8", 60),

@@ -342,6 +342,16 @@ def test_gradients_of_any_size_are_added_up_alike(power: int, device: str) -> No
     assert not value_and_gradient(function, x, dy * 0)[1].any()
 
 
+def test_the_largest_sum_that_there_can_be(device: str) -> None:
+    """One pixel gets the gradients of all, times what the colours multiply them by."""
+    x, dy = torch.rand(1, 1, 1, 1, device=device), torch.ones(1, 1, 40, 70, device=device)
+    asked: dict[str, Any] = {"brightness": (512, 512), "contrast": (8, 8), "clamp": False}
+    _, dx = value_and_gradient(
+        lambda x: GF.augment(x, size=(40, 70), padding_mode="border", **asked), x, dy
+    )
+    assert dx.item() == 40 * 70 * 512 * 8
+
+
 @pytest.mark.parametrize("at_once", [1, 135, 300])
 def test_gradients_of_pictures_at_a_time(
     at_once: int, device: str, monkeypatch: pytest.MonkeyPatch
