@@ -1,7 +1,7 @@
 // Random distortions of pictures: what is drawn for each, where a pixel comes from, its colour.
 //
-// The parameters are computed in float64, so that they are the same on every device, and are then
-// rounded to what pixels are computed in: R, float32, or float64 for pictures in float64.
+// The parameters are computed in float64, so that another device's sines change nothing, and are
+// then rounded to what pixels are computed in: R, float32, or float64 for pictures in float64.
 #pragma once
 #include "philox.h"
 

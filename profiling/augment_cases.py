@@ -95,6 +95,7 @@ class Augmentation:
             bytes=self.bytes(),
             flops=0,
             small=lambda: replace(self, shape=small).case(),
+            dtype=torch.float32 if self.bytes_in else torch.bfloat16,
             mode=self.mode,
             reads_all=False,
             wanted=(0,) if self.mode != "forward" else (),

@@ -280,10 +280,11 @@ def test_bad_distortions_are_refused(
 def test_bad_calls_are_refused(i: int) -> None:
     images, asked, error, message = CALL_REFUSED[i]
     for choice in ("kernels", "torch"):
-        refused = pytest.raises(error, match=message)
+        refused, state = pytest.raises(error, match=message), torch.get_rng_state()
         with gpunn.backend(choice), gpunn.trace() as trace, refused:
             GF.augment(images, **asked)
         assert not trace.launches
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_unknown_distortion_is_refused() -> None:

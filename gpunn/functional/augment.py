@@ -183,5 +183,6 @@ def augment(
     if layout == "NHWC" and images.dim() == 4:
         images = images.permute(0, 3, 1, 2)
     check_images(images, settings)
-    source = _seed_of(seed, images.device)
-    return _augmented(images, source, size_of(size, images), settings, dtype_of(dtype, images))
+    wanted, result_size = dtype_of(dtype, images), size_of(size, images)
+    source = _seed_of(seed, images.device)  # last, so that what is refused draws nothing
+    return _augmented(images, source, result_size, settings, wanted)
