@@ -78,5 +78,8 @@ CHECKS = [
         Check("augment", case, functools.partial(check_augment, case, False), KERNELS)
         for case in CASES
     ),
-    Check("augment", "all, channels_last", functools.partial(check_augment, "all", True), KERNELS),
-]
+    Check(
+        "augment", "augment, all, channels_last",
+        functools.partial(check_augment, "all", True), KERNELS,
+    ),
+]  # fmt: skip
