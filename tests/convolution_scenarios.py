@@ -86,6 +86,7 @@ def convolution_scenarios() -> dict[str, Scenario]:
                 precise = partial(_with_precision, name.startswith("ieee"), launch)
                 # of the weight's gradient, the sum of the parts is no product
                 cores = dtype == HALF and name != "depthwise" and kind != "weight"
-                chips = (80, 90, 100) if channels_last else (90,)
+                # float32 and contiguous images have the tiles of sm_90 on all chips
+                chips = (80, 90, 100) if channels_last and dtype == HALF else (90,)
                 found[f"convolution-{kind}-{name}{layout}"] = Scenario(precise, cores, False, chips)
     return found
