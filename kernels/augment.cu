@@ -7,6 +7,13 @@
 template <typename S, typename T>
 using Real = decltype(Wide<S>() + Wide<T>());
 
+// Divides, and not by a product: bytes that nothing changes are PyTorch's x / 255.
+template <int CHANNELS, typename R>
+__device__ inline void divide(R (&values)[CHANNELS], R divisor) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c++) values[c] /= divisor;
+}
+
 // Writes a tile, N elements of a line at a time; a line has all of its channels where LAST.
 template <int N, bool LAST, int CHANNELS, int TILE_WIDTH, int TILE_HEIGHT, typename T>
 __device__ inline void write_lines(T* y, const T* pixels, const Tile& tile, const Extent& extent) {
@@ -51,10 +58,11 @@ __global__ void augment_forward_kernel(const S* images, const long long* seed, T
         R values[CHANNELS];
         sample(channel, taps, strides, R(settings.fill), values);
         recolour(values, scene.picture, settings);
+        if (settings.divisor != 1) divide(values, R(settings.divisor));
 #pragma unroll
         for (int c = 0; c < CHANNELS; c++) {
             int at = LAST ? i * CHANNELS + c : c * TILE_HEIGHT * TILE_WIDTH + i;
-            pixels[at] = narrow<T>(Wide<T>(values[c] * R(settings.unit)));
+            pixels[at] = narrow<T>(Wide<T>(values[c]));
         }
     }
     __syncthreads();

@@ -24,8 +24,9 @@ struct Range {
 // What is the same for all pictures.
 struct Settings {
     Range ranges[N_PARAMETERS];
-    double fill, grey, bound, unit;  // grey and bound are colours; unit is that of the output
-    double amplitude, density;       // of the displacements: in pixels, and nodes a pixel
+    double fill, grey, bound;   // grey and bound are colours
+    double divisor;             // of what is written
+    double amplitude, density;  // of the displacements: in pixels, and nodes a pixel
     int mode, clamps, recolours[3], n_node_columns;
 };
 

@@ -127,11 +127,11 @@ def packed(settings: Settings, width: int, given: torch.dtype, wanted: torch.dty
     """``Settings`` of ``augment.h``, for pictures of one dtype in, and one out."""
     numbers = [n for name in PARAMETERS for n in _drawn(name, *settings.range_of(name))]
     bound, (fill, grey), (amplitude, spacing) = bound_of(given), settings.colours, settings.field
-    unit = 1 / LARGEST_BYTE if given == torch.uint8 != wanted else 1.0
+    divisor = float(LARGEST_BYTE) if given == torch.uint8 != wanted else 1.0
     mode = PADDING_MODES.index(settings.padding_mode)
     whole = mode, settings.clamp, *settings.recolours, n_node_columns(width, spacing)
     return struct.pack(
-        "36d6i", *numbers, fill, grey * bound, bound, unit, amplitude, 1 / spacing, *whole
+        "36d6i", *numbers, fill, grey * bound, bound, divisor, amplitude, 1 / spacing, *whole
     )
 
 

@@ -134,6 +134,14 @@ def test_translation_is_to_the_right_and_down(device: str) -> None:
     assert (y[:, :, :, :2] == -3).all()
 
 
+def test_shears_are_to_the_right_and_down(device: str) -> None:
+    """By 45 degrees, two pixels from the middle."""
+    x = torch.randn(2, 1, 9, 9, device=device)
+    below, right = GF.augment(x, shear_x=(45, 45))[:, :, 6], GF.augment(x, shear_y=(45, 45))[..., 6]
+    torch.testing.assert_close(below, F.pad(x[:, :, 6], (2, -2)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(right, F.pad(x[..., 6], (2, -2)), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [5, (17, 40), (80, 30)])
 def test_another_size_is_torchs_interpolation(size: Any, device: str) -> None:
     x = torch.randn(2, 3, 9, 13, device=device)
@@ -218,7 +226,7 @@ def test_bytes(layout: str, dtype: torch.dtype, device: str) -> None:
 def test_bytes_that_nothing_changes(device: str) -> None:
     images = torch.arange(256, dtype=torch.uint8, device=device).view(1, 1, 16, 16)
     assert torch.equal(GF.augment(images), images)
-    torch.testing.assert_close(GF.augment(images, dtype=torch.float32), images / 255)
+    assert torch.equal(GF.augment(images, dtype=torch.float32), images / 255)
     halves = GF.augment(images, translation_x=(1 / 32, 1 / 32), padding_mode="border")
     assert halves[0, 0, 0, :4].tolist() == [0, 0, 2, 2], "the nearest, ties to even"
     bright = GF.augment(images, brightness=(2, 2), clamp=False)

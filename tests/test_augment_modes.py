@@ -259,6 +259,7 @@ CALL_REFUSED: list[tuple[torch.Tensor, dict[str, Any], type[Exception], str]] = 
     (torch.rand(2, 3, 4, 4), {"layout": "CHW"}, ValueError, "layout: .*NCHW, NHWC, got 'CHW'"),
     (torch.rand(2, 3, 4, 4), {"dtype": torch.uint8}, ValueError, "dtype: .*got torch.uint8"),
     (torch.rand(2, 3, 4, 4), {"seed": 1.5}, TypeError, "seed: .*got 1.5"),
+    (torch.rand(2, 3, 4, 4), {"seed": 2**63}, ValueError, "seed: .*64 bits, got 92233720368547758"),
     (torch.rand(2, 3, 4, 4), {"seed": torch.ones(1)}, ValueError, "seed: .*one int64"),
     (torch.rand(2, 3, 4, 4), {"seed": torch.ones(2).long()}, ValueError, "seed: .*got 2 of"),
 ]

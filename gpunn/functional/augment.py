@@ -74,11 +74,13 @@ def _seed_of(seed: int | torch.Tensor | None, device: torch.device) -> torch.Ten
 
     Raises:
         TypeError: it is neither an integer nor a tensor.
-        ValueError: it is a tensor of something else.
+        ValueError: it is a tensor of something else, or an integer of more than 64 bits.
     """
     if seed is None:
         return draw_seed(device)
     if isinstance(seed, int) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: augment expects an integer of 64 bits, got {seed}")
         return torch.full((1,), seed, dtype=torch.int64, device=device)
     if not isinstance(seed, torch.Tensor):
         raise TypeError(f"seed: augment expects an integer or a tensor, got {seed!r}")
@@ -141,7 +143,8 @@ def augment(
     - crop: a part anywhere, of the given area, a share, and ratio of width to height, drawn evenly
       in its logarithm, as far as the picture has room for it. It is given ``size``.
     - flips, with the given probabilities.
-    - about the middle: shear along x, along y; scale; rotation anticlockwise. Angles are degrees.
+    - about the middle: shear along x (what is below goes to the right), then along y (what is
+      right goes down); scale; rotation anticlockwise. Angles are degrees.
     - translation to the right and down, as a share of the width and the height.
     - elastic distortion: numbers in [-1, 1) on a grid of nodes ``elastic_spacing`` pixels apart,
       interpolated by a cubic B-spline, times ``elastic_amplitude`` pixels, move x and y.
