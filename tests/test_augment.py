@@ -360,21 +360,29 @@ def test_the_largest_sum_that_there_can_be(device: str) -> None:
     assert dx.item() == 40 * 70 * 512 * 8
 
 
-@pytest.mark.parametrize("at_once", [1, 135, 300])
+@pytest.mark.parametrize(
+    ("at_once", "shape", "times"),
+    [
+        pytest.param(1, (3, 3, 5, 9), 3, id="a picture is more than there is room for"),
+        pytest.param(300, (3, 3, 5, 9), 2, id="two pictures, then one"),
+        pytest.param(12, (5, 1, 2, 2), 2, id="eight elements from the twelfth on"),
+    ],
+)
 def test_gradients_of_pictures_at_a_time(
-    at_once: int, device: str, monkeypatch: pytest.MonkeyPatch
+    at_once: int, shape: tuple[int, ...], times: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One, or two, of an odd number of elements, which words of eight marks do not divide."""
-    x, dy = torch.rand(3, 3, 5, 9, device=device), torch.randn(3, 3, 5, 9, device=device)
-    dy[1, 0, 2, 3] = torch.nan
-    function = lambda x: GF.augment(x, seed=SEED, **ALL)  # noqa: E731
+    """Words of eight marks are not divided as the pictures are."""
+    x, dy = torch.rand(shape, device=device), torch.randn(shape, device=device)
+    dy[1, 0, 0, 1] = dy[-1, -1, -1, -1] = torch.nan
+    function = lambda x: GF.augment(x, seed=SEED, rotation=10, contrast=0.5)  # noqa: E731
     _, whole = value_and_gradient(function, x, dy)
     monkeypatch.setattr(kernels, "SUMS_AT_ONCE", at_once)
     with gpunn.trace() as trace:
         _, dx = value_and_gradient(function, x, dy)
+    assert whole[-1].isnan().any()
     assert torch.equal(dx.nan_to_num(7), whole.nan_to_num(7))
     scatters = [r for r in trace.launches if r.kernel == "augment_scatter_kernel"]
-    assert len(scatters) == (2 if at_once == 300 else 3)
+    assert len(scatters) == times
 
 
 @pytest.mark.parametrize("order", ORDERS)
