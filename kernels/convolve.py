@@ -154,8 +154,10 @@ def tiles_for(y: torch.Tensor, packed: bool) -> tuple[ConvolutionLaunch, ...]:
         return tiles[1:] if y.stride(1) != 1 or (packed and not tf32) else tiles
     if packed:
         return TILES_PACKED
-    tiles = TILES_16_BIT if y.stride(1) == 1 else TILES_16_BIT[3:]
-    return tiles if device_of(y).capability < 100 else tuple(t for t in tiles if t.block_rows < 256)
+    if y.stride(1) != 1:
+        return TILES_16_BIT[3:]
+    most_rows = 256 if device_of(y).capability < 100 else 128
+    return tuple(tile for tile in TILES_16_BIT if tile.block_rows <= most_rows)
 
 
 def choose_launch(
