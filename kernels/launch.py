@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 
+from gpunn.kernels.compiled import launch_compiled
 from gpunn.kernels.interpreter import INTERPRETING, quiet_numpy
 
 Backend = Literal["auto", "kernels", "torch"]
@@ -209,21 +210,22 @@ def run(
     **constants: Any,
 ) -> None:
     """Launch ``kernel`` on the device and stream of its first tensor, and record it."""
-    keywords = {**constants, **launch.arguments()}
     if _capture is not None:
+        keywords = {**constants, **launch.arguments()}
         _capture[1].append(Call(kernel, grid, arguments, keywords, launch))
         return
     for record in _traces:
         record.launches.append(LaunchRecord(operator, kernel.__name__, grid, launch))
     if INTERPRETING:
         with quiet_numpy():
-            kernel[grid](*arguments, **keywords)
+            kernel[grid](*arguments, **constants, **launch.arguments())
         return
-    first = next(a for a in arguments if isinstance(a, torch.Tensor))
-    index = first.get_device()
-    switch = index >= 0 and index != torch.cuda.current_device()
-    with torch.cuda.device(index) if switch else nullcontext():
-        kernel[grid](*arguments, **keywords)
+    index = next(a for a in arguments if isinstance(a, torch.Tensor)).get_device()
+    if index == torch.cuda.current_device():
+        launch_compiled(kernel, grid, index, arguments, constants, launch)
+        return
+    with torch.cuda.device(index):
+        launch_compiled(kernel, grid, index, arguments, constants, launch)
 
 
 @torch.compiler.assume_constant_result
