@@ -16,6 +16,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 import torch
 
 from gpunn.kernels.compiled import launch_compiled
+from gpunn.kernels.direct import directly
 from gpunn.kernels.interpreter import INTERPRETING, quiet_numpy
 
 Backend = Literal["auto", "kernels", "torch"]
@@ -334,6 +335,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
         library.impl(name, launcher, "CUDA")
         torch.library.register_fake(f"gpunn::{name}", of_meta, lib=library)
         launchers[name] = launcher
-        return cast(Callable[P, R], getattr(torch.ops.gpunn, name).default)
+        op = getattr(torch.ops.gpunn, name).default
+        return cast(Callable[P, R], directly(op, launcher))
 
     return register
