@@ -48,7 +48,7 @@ def examined(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]] | None:
             value = value.data_ptr()
             kinds.append(value % 16 == 0)
         elif kind is TensorDescriptor:
-            kinds += (value.base.dtype, *value.block_shape)
+            kinds.append((value.base.dtype, *value.block_shape))
         else:
             return None
         values.append(value)

@@ -244,12 +244,12 @@ def _transform() -> str | None:
 
 
 def _refusal_of(tensor: torch.Tensor, also: Sequence[torch.dtype]) -> str | None:
-    kind = tensor.device.type
-    captures_it = kind == "meta" and _capture is not None
-    if (kind not in ("cpu", "cuda") and not captures_it) or torch.version.hip:
-        return f"{kind} tensor" + (" on ROCm" if torch.version.hip else "")
+    on_cuda = tensor.is_cuda
+    captures_it = _capture is not None and tensor.is_meta
+    if not (on_cuda or tensor.is_cpu or captures_it) or torch.version.hip:
+        return f"{tensor.device.type} tensor" + (" on ROCm" if torch.version.hip else "")
     if tensor.dtype not in _DTYPES and tensor.dtype not in also:
-        return f"no kernel for {tensor.dtype} on {kind}"
+        return f"no kernel for {tensor.dtype} on {tensor.device.type}"
     if tensor.is_nested or tensor.layout != torch.strided:
         return "nested tensor" if tensor.is_nested else f"{tensor.layout} tensor"
     if type(tensor) not in _PLAIN:
@@ -257,7 +257,7 @@ def _refusal_of(tensor: torch.Tensor, also: Sequence[torch.dtype]) -> str | None
     capability = None
     if captures_it:
         capability = device_of(tensor).capability
-    elif kind == "cuda":
+    elif on_cuda:
         capability = _capability(tensor.get_device())
     if capability is not None and capability < 80:
         return f"no kernel below compute capability 8.0, and this is {capability / 10}"

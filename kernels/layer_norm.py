@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gpunn.kernels.launch import Launch, cdiv, device_of, operator, run
+from gpunn.kernels.partial_sums import add_up
 from gpunn.kernels.philox import dropout_arguments
 from gpunn.kernels.rows import column_sums_kernel, row_norm_backward_kernel, row_norm_forward_kernel
 
@@ -185,7 +186,7 @@ def row_norm_backward(
         sums = _column_sums(dy, s, mean, invstd, needs[2:])
     for gradient, partial in zip((dweight, dbias), sums, strict=True):
         if partial is not None:
-            gradient.copy_(partial.sum(0))
+            add_up(partial, gradient)
     return gradients
 
 
