@@ -136,9 +136,10 @@ def transposed_taps(size: int, kernel: int, stride: int, padding: int, dilation:
 
 def precision_of(dtype: torch.dtype) -> str:
     """How ``tl.dot`` treats float32: as torch's convolution settings say."""
+    if dtype != torch.float32:
+        return "ieee"
     setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    tf32 = dtype == torch.float32 and setting == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 def tiles_for(y: torch.Tensor, packed: bool) -> tuple[ConvolutionLaunch, ...]:

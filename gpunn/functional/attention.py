@@ -163,6 +163,6 @@ def scaled_dot_product_attention(
         query, key, value = query.float(), key.float(), value.float()
     given = of_four_dimensions(query, key, value, attn_mask, alibi_slopes, leading)
     y, lse = attend(given, rules, ours)
-    y = y.to(dtype)
-    y = y.reshape(*leading, *y.shape[-2:])
+    y = y if y.dtype == dtype else y.to(dtype)
+    y = y if len(leading) == 2 else y.reshape(*leading, *y.shape[-2:])
     return (y, lse().reshape(y.shape[:-1])) if return_lse else y
