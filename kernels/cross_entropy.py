@@ -60,7 +60,7 @@ def cross_entropy_forward_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
-    rows = row_numbers(first, n_cols, n_inner, LAST_DIM)
+    rows = row_numbers(program, n_inner, LAST_DIM, BLOCK_ROWS)
     stride, block = 1 if LAST_DIM else n_inner, tl.arange(0, BLOCK_COLS)
     out_type: tl.constexpr = tl.float64 if lse_ptr.dtype.element_ty == tl.float64 else tl.float32
     zeros = tl.zeros((BLOCK_ROWS,), dtype=out_type)
@@ -125,9 +125,9 @@ def cross_entropy_backward_kernel(
     The columns are the classes from ``first_class`` on, of ``n_classes``. A program owns one tile.
     """
     across = tl.cdiv(n_cols, BLOCK_COLS)
-    program = tl.program_id(0).to(tl.int64) // across
+    program = (tl.program_id(0) // across).to(tl.int64)
     first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
-    rows = row_numbers(first, n_cols, n_inner, LAST_DIM)
+    rows = row_numbers(program, n_inner, LAST_DIM, BLOCK_ROWS)
     cols = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     x, at, inside = logits_tile(x_ptr, first, is_row, cols, n_cols, 1 if LAST_DIM else n_inner)
     lse = tl.load(lse_ptr + rows, mask=is_row, other=0.0)

@@ -62,14 +62,13 @@ def tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM: tl.constexpr, BLOCK_RO
 
 
 @triton.jit
-def row_numbers(first, n_cols, n_inner, LAST_DIM: tl.constexpr):
-    """Of rows that begin at ``first``, their numbers, in the order of a target (outer, inner).
-
-    By one size after the other: their product may be more than 32 bits hold.
-    """
+def row_numbers(program, n_inner, LAST_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The numbers of a program's rows, in the order of a target (outer, inner)."""
     if LAST_DIM:
-        return first // n_cols
-    return first // n_cols // n_inner * n_inner + first % n_inner
+        return program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    across = tl.cdiv(n_inner, BLOCK_ROWS)
+    first = program // across * n_inner + program % across * BLOCK_ROWS
+    return first + tl.arange(0, BLOCK_ROWS)
 
 
 @triton.jit
