@@ -48,7 +48,7 @@ KERNELS = {
     name: CudaKernel("pooling.cu", f"{name}_kernel")
     for name in (
         "max_pool_forward", "max_pool_backward", "avg_pool_forward", "avg_pool_backward",
-        "max_pool_forward_tile", "max_pool_backward_tile",
+        "max_pool_backward_patch", "max_pool_forward_tile", "max_pool_backward_tile",
         "avg_pool_forward_tile", "avg_pool_backward_tile",
     )
 }  # fmt: skip
@@ -75,6 +75,10 @@ class Axis(NamedTuple):
         if not self.kernel:
             return cdiv(rows * self.n_out, self.n_in) + 1
         return (rows - 1 + (self.kernel - 1) * self.dilation) // self.stride + 1
+
+    def patches(self, step: int) -> int:
+        """Inputs by ``step``, as windows that are ``step`` apart begin; of ``Patches``."""
+        return (self.n_in - 1 + self.padding) // step + 1 - self.padding // step
 
 
 def widest(n_in: int, n_out: int) -> int:
@@ -162,6 +166,19 @@ def share_of(
     return Share(1, rows, n_planes * cdiv(height, rows)) if rows else None
 
 
+def known_window(window: tuple[int, ...]) -> tuple[int, int]:
+    """Size and step of a square window that kernels are compiled for; 0, 0 of others.
+
+    Without the divisions and loops of windows of any size, an H200 is not kept waiting: these took
+    five to twenty times as long as memory did.
+    """
+    if not window:
+        return 0, 0
+    (size, width, step, step_across), dilation = window[:4], window[6:]
+    usual = size == width <= 3 and step == step_across <= min(size, 2) and dilation == (1, 1)
+    return (size, step) if usual else (0, 0)
+
+
 class Plan(NamedTuple):
     """How a pooling is launched."""
 
@@ -191,6 +208,9 @@ def plan_of(
     content = struct.pack("13i", *pool.h, *pool.w, pool.columns)
     n_planes, n_channels = input_size[0] * input_size[1], input_size[1] if channels_last else 1
     constants: dict[str, Any] = {"ADAPTIVE": not window}
+    size, step = known_window(window)
+    if name.startswith("max"):
+        constants |= {"SIZE": size, "STEP": step}
     if n_channels == 1 and aligned:
         share = share_of(pool, backward, n_planes, item_size, n_multiprocessors)
         if share is not None:
@@ -200,6 +220,13 @@ def plan_of(
     length = vector_length(item_size, n_channels, aligned)
     n_vectors = n_planes * math.prod(input_size[2:] if backward else output_size) // length
     constants["N"] = length
+    if name == "max_pool_backward" and size:
+        patches = [
+            (a.n_in - 1 + a.padding) // step + 1 - a.padding // step for a in (pool.h, pool.w)
+        ]
+        n_vectors = n_planes * math.prod(patches) // length
+        del constants["ADAPTIVE"]
+        name = "max_pool_backward_patch"
     n_blocks = cdiv(n_vectors, LAUNCH.n_threads)
     return Plan(KERNELS[name], n_blocks, LAUNCH, content, (n_vectors, n_channels), constants)
 
