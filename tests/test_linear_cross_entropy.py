@@ -18,7 +18,6 @@ from closeness import assert_accurate
 from drawing import drawing
 from gpunn.kernels import cross_entropy as tiles
 from gpunn.kernels import launch
-from gpunn.kernels import linear_cross_entropy as kernels
 from gpunn.kernels.launch import Device
 from gpunn.kernels.linear_cross_entropy import chunk_size_of
 from gpunn.kernels.softmax import SoftmaxLaunch
