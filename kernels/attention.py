@@ -146,9 +146,9 @@ class Problem:
         shape = Shape(kind, widest, dtype, precision_of(dtype), is_heavy)
         return launch_for(shape, device_of(self.q))
 
-    def is_uneven(self, launch: AttentionLaunch) -> bool:
-        """Whether a tile may reach past the last key."""
-        return self.starts_k is not None or self.n_keys % launch.block_keys != 0
+    def is_uneven(self, n: int, block: int) -> bool:
+        """Whether a tile may reach past the last of n queries or keys."""
+        return self.starts_k is not None or n % block != 0
 
 
 def repeated_strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -231,7 +231,8 @@ def attention_forward(keep: bool, *arguments: Any) -> tuple[torch.Tensor, ...]:
         *problem.sizes(),
         *problem.strides(y), *problem.stat_strides(), *problem.scalars(),
         launch=launch, NATURAL=problem.is_natural, SCALED_LATE=problem.is_scaled_late,
-        UNEVEN=problem.is_uneven(launch), BY_DESCRIPTOR=by_descriptor, **problem.constants(),
+        UNEVEN=problem.is_uneven(problem.n_keys, launch.block_keys),
+        BY_DESCRIPTOR=by_descriptor, **problem.constants(),
     )  # fmt: skip
     return y, rest, maxima, sums
 
@@ -340,7 +341,8 @@ def _query_gradient(problem: Problem, rows: Rows, dq: torch.Tensor | None) -> No
         *problem.inputs(launch, by_descriptor), operand(dy, launch.block_queries, by_descriptor),
         *statistics, dq, *problem.sizes(), *strides,
         *problem.stat_strides(), *problem.scalars(), problem.scale,
-        launch=launch, NATURAL=problem.is_natural, UNEVEN=problem.is_uneven(launch),
+        launch=launch, NATURAL=problem.is_natural,
+        UNEVEN=problem.is_uneven(problem.n_keys, launch.block_keys),
         BY_DESCRIPTOR=by_descriptor, **problem.constants(),
     )  # fmt: skip
 
@@ -356,8 +358,9 @@ def _key_gradients(problem: Problem, rows: Rows, dk: torch.Tensor, dv: torch.Ten
         *problem.inputs(launch, by_descriptor), operand(dy, launch.block_queries, by_descriptor),
         *statistics, dk, dv, *problem.sizes(), *problem.strides(dy, dk, dv),
         *problem.stat_strides(), *problem.scalars(), problem.scale,
-        launch=launch, NATURAL=problem.is_natural, BY_DESCRIPTOR=by_descriptor,
-        **problem.constants(),
+        launch=launch, NATURAL=problem.is_natural,
+        UNEVEN=problem.is_uneven(problem.n_queries, launch.block_queries),
+        BY_DESCRIPTOR=by_descriptor, **problem.constants(),
     )  # fmt: skip
 
 

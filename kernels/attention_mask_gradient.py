@@ -78,7 +78,7 @@ def attention_mask_gradient_kernel(
             dy = load_rows(dy_ptr + at_dy, row, n_queries, stride_dy_row, stride_dy_col, HEAD_V,
                            BLOCK_QUERIES, BLOCK_HEAD_V)  # fmt: skip
             shift, factor, delta = row_statistics(
-                maxima_ptr, sums_ptr, delta_ptr, first_stat + row_index, row_index < n_queries
+                maxima_ptr, sums_ptr, delta_ptr, first_stat, row_index, n_queries, True
             )
             products = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=out_type)
             dp = tl.dot(dy, v.T, input_precision=PRECISION, out_dtype=out_type)

@@ -41,20 +41,31 @@ def shift_of(maxima, sums):
 
 
 @triton.jit
-def row_statistics(shifts_ptr, sums_ptr, delta_ptr, at, mask):
+def load_statistic(ptr, first, rows, n_rows, other, PAST_END: tl.constexpr):
+    """One number of each row; with PAST_END, ``other`` of those that are."""
+    if PAST_END:
+        found = tl.load(ptr + first + rows, mask=rows < n_rows, other=other)
+    else:
+        found = tl.load(ptr + first + rows)
+    return found
+
+
+@triton.jit
+def row_statistics(
+    shifts_ptr, sums_ptr, delta_ptr, first, rows, n_rows, PAST_END: tl.constexpr
+):  # fmt: skip
     """What to subtract from the scores of rows, what to multiply exp of it by, and delta, or 0.
 
     Without ``sums_ptr``, the shifts are those of ``shift_of``, and there is no factor; with it,
-    they are the maxima.
+    they are the maxima. PAST_END says that rows may be past the last one.
     """
-    shift = tl.load(shifts_ptr + at, mask=mask, other=float("inf"))
-    factor = tl.zeros_like(shift)
+    shift = load_statistic(shifts_ptr, first, rows, n_rows, float("inf"), PAST_END)
+    factor, delta = tl.zeros_like(shift), tl.zeros_like(shift)
     if sums_ptr is not None:
-        total = tl.load(sums_ptr + at, mask=mask, other=1.0)
+        total = load_statistic(sums_ptr, first, rows, n_rows, 1.0, PAST_END)
         shift, factor = finite(shift), 1 / tl.where(total == 0, 1.0, total)
-    delta = tl.zeros_like(shift)
     if delta_ptr is not None:
-        delta = tl.load(delta_ptr + at, mask=mask, other=0.0)
+        delta = load_statistic(delta_ptr, first, rows, n_rows, 0.0, PAST_END)
     return shift, factor, delta
 
 
@@ -124,11 +135,14 @@ def add_key_gradients(
     softcap, before, after, offset, threshold, dropout_scale,
     HAS_SLOPE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     NATURAL: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
-    BY_DESCRIPTOR: tl.constexpr, EDGE: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr, EDGE: tl.constexpr, PAST_END: tl.constexpr, HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv of a tile of keys what the queries from ``start`` to ``end`` give."""
+    """Add to dk and dv of a tile of keys what the queries from ``start`` to ``end`` give.
+
+    EDGE says that pairs may be ruled out, PAST_END that there may be fewer queries.
+    """
     EXACT: tl.constexpr = sums_ptr is not None
     for row in tl.range(start, end, BLOCK_QUERIES):
         row_index = row + tl.arange(0, BLOCK_QUERIES)
@@ -143,7 +157,7 @@ def add_key_gradients(
             dy = load_tile(dy_ptr, batch, head, row, n_queries, stride_dy_row, stride_dy_col,
                            HEAD_V, BLOCK_QUERIES, BLOCK_HEAD_V, BY_DESCRIPTOR)  # fmt: skip
             shift, factor, delta = row_statistics(
-                shifts_ptr, sums_ptr, delta_ptr, first_stat + row_index, row_index < n_queries
+                shifts_ptr, sums_ptr, delta_ptr, first_stat, row_index, n_queries, PAST_END
             )
             products = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=dk.dtype)
             dp = tl.dot(v, dy.T, input_precision=PRECISION, out_dtype=dk.dtype)
@@ -178,8 +192,8 @@ def attention_key_gradients_kernel(
     stride_slopes_batch, stride_slopes_head, stride_stat_batch, stride_stat_head,
     scale, softcap, threshold, dropout_scale, gradient_scale,
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
-    AFTER: tl.constexpr, NATURAL: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
-    BY_DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
+    AFTER: tl.constexpr, NATURAL: tl.constexpr, QUADS: tl.constexpr, UNEVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
     BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -209,8 +223,8 @@ def attention_key_gradients_kernel(
     )  # fmt: skip
     mask_batch = batch_of_mask(mask_batches_ptr, batch)
     HAS_MASK: tl.constexpr = mask_ptr is not None
-    if HAS_MASK or not BEFORE:  # past the last query there is nothing to rule out
-        whole_end = start if HAS_MASK else end
+    if HAS_MASK:  # one loop, to save code and registers
+        whole_end = start
     for member in range(group):
         head = key_head * group + member
         q_head_ptr, dy_head_ptr, mask_head_ptr = q_ptr, dy_ptr, mask_ptr
@@ -222,10 +236,12 @@ def attention_key_gradients_kernel(
         first_stat = batch * stride_stat_batch + head * stride_stat_head + first_q
         slope = slope_of(slopes_ptr, batch * stride_slopes_batch + head * stride_slopes_head,
                          NATURAL)  # fmt: skip
+        # Whole tiles first: the other way round the assembler waits for each product.
         for part in tl.static_range(3):
             lower = whole_start if part == 0 else start if part == 1 else whole_end
             upper = whole_end if part == 0 else whole_start if part == 1 else end
-            if (HAS_MASK or BEFORE) if part == 2 else not HAS_MASK and (AFTER or part == 0):
+            some = (HAS_MASK or BEFORE or UNEVEN) if part == 2 else AFTER or part == 0
+            if some and (part == 2 or not HAS_MASK):
                 dk, dv = add_key_gradients(
                     dk, dv, k, v, q_head_ptr, dy_head_ptr, mask_head_ptr, seed_ptr, shifts_ptr,
                     sums_ptr, delta_ptr, batch, head, key, cols, lower, upper, n_q, n_k, n_keys,
@@ -233,7 +249,8 @@ def attention_key_gradients_kernel(
                     stride_mask_col, first_stat, slope, scale, softcap, before, after, offset,
                     threshold, dropout_scale, slopes_ptr is not None, HAS_SOFTCAP, BEFORE, AFTER,
                     NATURAL, QUADS, PRECISION, BY_DESCRIPTOR, part != 0 and (BEFORE or AFTER),
-                    HEAD, HEAD_V, BLOCK_HEAD, BLOCK_HEAD_V, BLOCK_QUERIES, BLOCK_KEYS,
+                    part != 0 and UNEVEN, HEAD, HEAD_V, BLOCK_HEAD, BLOCK_HEAD_V, BLOCK_QUERIES,
+                    BLOCK_KEYS,
                 )  # fmt: skip
     dk_ptr += batch * stride_dk_batch + key_head * stride_dk_head + first_k * stride_dk_row
     dv_ptr += batch * stride_dv_batch + key_head * stride_dv_head + first_k * stride_dv_row
@@ -331,8 +348,8 @@ def attention_query_gradient_kernel(
     row_index = row + tl.arange(0, BLOCK_QUERIES)
     first_stat = batch * stride_stat_batch + head * stride_stat_head + first_q
     shift, factor, delta = row_statistics(
-        shifts_ptr, sums_ptr, None if dq_ptr is None else delta_ptr, first_stat + row_index,
-        row_index < n_q
+        shifts_ptr, sums_ptr, None if dq_ptr is None else delta_ptr, first_stat, row_index, n_q,
+        True
     )  # fmt: skip
     q = load_tile(q_ptr, batch, head, row, n_q, stride_q_row, stride_q_col, HEAD, BLOCK_QUERIES,
                   BLOCK_HEAD, BY_DESCRIPTOR)  # fmt: skip
