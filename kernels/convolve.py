@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -106,6 +107,7 @@ def forward_taps(grid: int, kernel: int, stride: int, padding: int, dilation: in
     return Taps(grid, kernel, stride, -padding, dilation)
 
 
+@lru_cache(maxsize=1024)
 def transposed_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> list[Taps]:
     """For outputs o = phase + p · stride, the inputs (o + padding - r · dilation) / stride.
 
