@@ -207,8 +207,8 @@ def plan_of(
     content = struct.pack("13i", *pool.h, *pool.w, pool.columns)
     n_planes, n_channels = input_size[0] * input_size[1], input_size[1] if channels_last else 1
     size, step = known_window(window)
-    known: dict[str, Any] = {"SIZE": size, "STEP": step} if name.startswith("max") else {}
-    constants = {"ADAPTIVE": not window}
+    known = {"SIZE": size, "STEP": step} if name.startswith("max") else {}
+    constants: dict[str, Any] = {"ADAPTIVE": not window}
     if n_channels == 1 and aligned:
         share = share_of(pool, backward, n_planes, item_size, n_multiprocessors)
         if share is not None:
