@@ -107,6 +107,7 @@ template <typename F>
 __device__ inline void for_each(int n, int columns, F f) {
     int lines = blockDim.x / columns, rest = blockDim.x % columns;
     int line = threadIdx.x / columns, column = threadIdx.x % columns;
+#pragma unroll 1
     for (int i = threadIdx.x; i < n; i += blockDim.x, line += lines, column += rest) {
         if (column >= columns) {
             column -= columns;

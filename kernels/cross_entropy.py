@@ -109,9 +109,8 @@ def cross_entropy_forward_kernel(
         scale = tl.zeros_like(lse) + 1 / divisor
         if totals_ptr is not None:
             part = tl.arange(0, MOST_TOTALS)
-            scale = tl.zeros_like(lse) + 1 / tl.sum(
-                tl.load(totals_ptr + part, mask=part < n_totals, other=0.0)
-            )
+            totals = tl.load(totals_ptr + part, mask=part < n_totals, other=0.0)
+            scale = tl.zeros_like(lse) + 1 / tl.sum(totals)
         if ONE_PASS:
             store_gradient(
                 x, target_ptr, weight_ptr, dx_ptr, at, inside, block, scale, y, counts, lse,
@@ -229,12 +228,9 @@ def _run(
 
 
 def _forward_fake(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
     smoothing: float,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (x.shape[0], *x.shape[2:])
     loss, row_weight, lse = (x.new_empty(shape, dtype=wide) for _ in range(3))
@@ -247,12 +243,9 @@ def _forward_fake(
     fake=_forward_fake,
 )
 def cross_entropy_forward(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
     smoothing: float,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Loss, weight and lse of each row of x (N, C, *), contiguous.
 
     target (N, *), int64, or, contiguous, probabilities of x's shape. weight (C,).
@@ -270,13 +263,9 @@ def cross_entropy_forward(
 
 
 def _with_gradient_fake(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    mean: bool,
-) -> tuple[torch.Tensor, ...]:
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
+    smoothing: float, mean: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     outputs = _forward_fake(x, target, weight, ignore_index, smoothing)
     return *outputs, torch.empty_like(x)
 
@@ -287,13 +276,9 @@ def _with_gradient_fake(
     fake=_with_gradient_fake,
 )
 def cross_entropy_with_gradient(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    mean: bool,
-) -> tuple[torch.Tensor, ...]:
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
+    smoothing: float, mean: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """``cross_entropy_forward``, and dx of the sum of its losses, or of their ``mean``."""
     outputs = _with_gradient_fake(x, target, weight, ignore_index, smoothing, mean)
     if x.numel():
@@ -334,15 +319,9 @@ def _totals(
 
 
 def _backward_fake(
-    dloss: torch.Tensor,
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    row_weight: torch.Tensor,
-    lse: torch.Tensor,
-    ignore_index: int,
-    smoothing: float,
-) -> torch.Tensor:
+    dloss: torch.Tensor, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None,
+    row_weight: torch.Tensor, lse: torch.Tensor, ignore_index: int, smoothing: float,
+) -> torch.Tensor:  # fmt: skip
     return torch.empty_like(x)
 
 

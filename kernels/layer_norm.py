@@ -42,8 +42,8 @@ ROWS = tuple(
 LONG = RowLaunch(32, block_rows=1, block_cols=8192)
 COLUMNS = RowLaunch(8, block_rows=32, block_cols=128)
 STAGES, PROGRAMS = 2, 4
-"""Of the backward pass, rows of each operand on their way, with those that are computed with; the
-programs of a multiprocessor where each holds sums."""
+"""Of the backward pass, rows of each operand on their way, with the one that is computed with, where
+a tile is a row (some of several rows spill); the programs of a multiprocessor that holds sums."""
 NAME, NAME_BACKWARD = "row_norm_forward", "row_norm_backward"
 
 
@@ -183,7 +183,8 @@ def row_norm_backward(
             dy, s, weight, mean, invstd, extra, seed,
             dx if needs[0] else None, dresidual if needs[1] else None, *sums,
             n_rows, n_cols, *dropout_arguments(dropout_p or 1.0), launch=launch, CENTRED=centred,
-            QUADS=n_cols % 4 == 0, ONE_PASS=n_cols <= launch.block_cols, STAGES=STAGES,
+            QUADS=n_cols % 4 == 0, ONE_PASS=n_cols <= launch.block_cols,
+            STAGES=STAGES if launch.block_rows == 1 else 1,
         )  # fmt: skip
     if not held and any(needs[2:]):
         sums = _column_sums(dy, s, mean, invstd, needs[2:])

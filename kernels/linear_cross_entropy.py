@@ -56,10 +56,10 @@ def chunk_statistics_kernel(
     stride = tl.cast(n_rows, tl.int64)
     parts: tl.constexpr = (BLOCK_COLS + 7) // 8
     part = tl.arange(0, parts)[None, :]  # the first goes on from what is known of the row
-    at, known = rows[:, None] + part, is_row[:, None] & (part == 0)
-    peak = tl.load(state_ptr + at, mask=known, other=-float("inf"))
-    total = tl.load(state_ptr + stride + at, mask=known, other=0.0)
-    weighted = tl.load(state_ptr + 3 * stride + at, mask=known, other=0.0)
+    state, known = state_ptr + rows[:, None] + part, is_row[:, None] & (part == 0)
+    peak = tl.load(state, mask=known, other=-float("inf"))
+    total = tl.load(state + stride, mask=known, other=0.0)
+    weighted = tl.load(state + 3 * stride, mask=known, other=0.0)
     own = tl.load(state_ptr + 2 * stride + rows, mask=is_row, other=0.0)
     weights, first = tl.zeros_like(total), rows * n_cols
     share_ptr = weight_ptr

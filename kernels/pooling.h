@@ -160,8 +160,8 @@ __device__ inline void max_gradient(const Pool& pool, int ih, int iw, const Plan
 }
 
 // Inputs by patches of STEP by STEP, of which all have the same windows: STEP rows from
-// row * STEP - padding on, and so many columns. What is known when it is compiled, the windows' SIZE
-// and STEP, leaves no loop and no division.
+// row * STEP - padding on, and so many columns. The windows' SIZE and STEP are known when they are
+// compiled, which leaves no loop and no division.
 struct Patches {
     int first_row, rows, first_column, columns;
 };

@@ -34,8 +34,7 @@ class TileLaunch(CudaLaunch):
     tile_bytes: int = 16384
 
 
-# 16 bytes of channels a thread. Not measured.
-LAUNCH = CudaLaunch(num_warps=4)
+LAUNCH = CudaLaunch(num_warps=4)  # 16 bytes of channels a thread; not measured
 # At most 40 KiB with the taps of the maxima, so that five blocks and more share a multiprocessor of
 # sm_90, and no block needs more than the 48 KiB that need not be asked for. Not measured.
 TILE_LAUNCH = TileLaunch(num_warps=8)
@@ -169,10 +168,10 @@ def share_of(
 def known_window(window: tuple[int, ...]) -> tuple[int, int]:
     """Size and step of a square window that kernels are compiled for; 0, 0 of others.
 
-    With divisions by sizes that are not known, and loops, an H200 took four times as long for a
-    gradient as for its memory where channels are last, and fifteen to nineteen where they are not.
+    With divisions, and loops, an H200 took four times as long for a gradient as for its memory
+    where channels are last, and fifteen to nineteen where they are not.
     """
-    if not window:
+    if not window:  # adaptive
         return 0, 0
     (size, width, step, step_across), dilation = window[:4], window[6:]
     usual = size == width <= 3 and step == step_across <= min(size, 2) and dilation == (1, 1)
@@ -253,12 +252,9 @@ def pool(
 
 
 def _max_pool_forward_fake(
-    x: torch.Tensor,
-    output_size: list[int],
-    window: list[int],
-    keeps_positions: bool,
+    x: torch.Tensor, output_size: list[int], window: list[int], keeps_positions: bool,
     keeps_indices: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     shape, memory_format = (*x.shape[:2], *output_size), format_of(is_channels_last(x))
 
     def allocated(wanted: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -340,12 +336,9 @@ def max_pool_backward(
 
 
 def _avg_pool_forward_fake(
-    x: torch.Tensor,
-    output_size: list[int],
-    window: list[int],
-    count_include_pad: bool,
-    divisor: int,
-) -> torch.Tensor:
+    x: torch.Tensor, output_size: list[int], window: list[int], count_include_pad: bool, divisor:
+    int,
+) -> torch.Tensor:  # fmt: skip
     return _like_input(x, [*x.shape[:2], *output_size], is_channels_last(x))
 
 

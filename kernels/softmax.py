@@ -101,17 +101,24 @@ def in_parts(tile, PARTS: tl.constexpr):
 @triton.jit
 def sums_of_parts(tile, PARTS: tl.constexpr):
     """The sum of each part of a tile's rows."""
+    if PARTS == 1:
+        return tl.sum(tile, 1)[:, None]
     return tl.sum(in_parts(tile, PARTS), 2)
 
 
 @triton.jit
 def run_along(s, peak, total, PARTS: tl.constexpr):
     """The maximum and Σ exp(s - maximum) of the parts of rows, after one more tile of them."""
-    parted = in_parts(s, PARTS)
-    highest = tl.maximum(peak, tl.max(parted, 2))
+    if PARTS == 1:
+        highest = tl.maximum(peak, tl.max(s, 1)[:, None])
+    else:
+        highest = tl.maximum(peak, tl.max(in_parts(s, PARTS), 2))
     shift = tl.where(highest == -float("inf"), 0.0, highest)
-    e = exp_or_0(parted - shift[:, :, None])
-    return highest, total * exp_or_0(peak - shift) + tl.sum(e, 2)
+    if PARTS == 1:
+        sums = tl.sum(exp_or_0(s - shift), 1)[:, None]
+    else:
+        sums = tl.sum(exp_or_0(in_parts(s, PARTS) - shift[:, :, None]), 2)
+    return highest, total * exp_or_0(peak - shift) + sums
 
 
 @triton.jit
