@@ -223,7 +223,8 @@ def attention_key_gradients_kernel(
     )  # fmt: skip
     mask_batch = batch_of_mask(mask_batches_ptr, batch)
     HAS_MASK: tl.constexpr = mask_ptr is not None
-    if HAS_MASK:  # one loop, to save code and registers
+    ONE_LOOP: tl.constexpr = HAS_MASK or BLOCK_HEAD > 128 or BLOCK_HEAD_V > 128
+    if ONE_LOOP:  # to save code and registers
         whole_end = start
     for member in range(group):
         head = key_head * group + member
@@ -240,8 +241,8 @@ def attention_key_gradients_kernel(
         for part in tl.static_range(3):
             lower = whole_start if part == 0 else start if part == 1 else whole_end
             upper = whole_end if part == 0 else whole_start if part == 1 else end
-            some = (HAS_MASK or BEFORE or UNEVEN) if part == 2 else AFTER or part == 0
-            if some and (part == 2 or not HAS_MASK):
+            some = (ONE_LOOP or BEFORE or UNEVEN) if part == 2 else AFTER or part == 0
+            if some and (part == 2 or not ONE_LOOP):
                 dk, dv = add_key_gradients(
                     dk, dv, k, v, q_head_ptr, dy_head_ptr, mask_head_ptr, seed_ptr, shifts_ptr,
                     sums_ptr, delta_ptr, batch, head, key, cols, lower, upper, n_q, n_k, n_keys,
