@@ -42,7 +42,7 @@ LONG = RowLaunch(32, block_rows=1, block_cols=8192)
 COLUMNS = RowLaunch(8, block_rows=32, block_cols=128)
 STAGES, PROGRAMS = 2, 4
 """Of the backward pass, rows of each operand on their way, with the one that is computed with, if a
-tile is a row (some of several rows spill); the programs of a multiprocessor where they hold sums."""
+tile is a row (some of several rows spill); and a multiprocessor's programs where they hold sums."""
 NAME, NAME_BACKWARD = "row_norm_forward", "row_norm_backward"
 
 
