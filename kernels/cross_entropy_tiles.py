@@ -13,8 +13,10 @@ from gpunn.kernels.softmax import run_along, sums_of_parts
 def class_weights(weight_ptr, cols, n_cols, like):
     """w_c of a tile's columns, 1 where there are none."""
     if weight_ptr is None:
-        return tl.full(cols.shape, 1.0, like.dtype)[None, :]
-    return widen(tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0))[None, :]
+        weights = tl.full(cols.shape, 1.0, like.dtype)
+    else:
+        weights = widen(tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0))
+    return weights[None, :]
 
 
 @triton.jit

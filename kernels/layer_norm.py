@@ -1,6 +1,6 @@
 """Launchers of layer normalisation and of that by the root mean square, and their gradients.
 
-x is (rows, columns), contiguous; statistics are float32 (of float64, float64).
+x is (*, columns), contiguous; statistics are float32 (of float64, float64).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gpunn.kernels.launch import Launch, cdiv, device_of, operator, run
+from gpunn.kernels.partial_sums import add_up
 from gpunn.kernels.philox import dropout_arguments
 from gpunn.kernels.rows import column_sums_kernel, row_norm_backward_kernel, row_norm_forward_kernel
 
@@ -71,8 +72,8 @@ def _forward_fake(
     y = torch.empty_like(x, dtype=dtype)
     changed = residual is not None or seed is not None
     s = torch.empty_like(x) if keep and changed else x.new_empty((0,))
-    mean, invstd = (x.new_empty((x.shape[0],), dtype=wide(x)) for _ in range(2))
-    return y, s, mean, invstd
+    mean = x.new_empty((x.shape[:-1].numel(),), dtype=wide(x))
+    return y, s, mean, torch.empty_like(mean)
 
 
 @operator(
@@ -95,7 +96,7 @@ def row_norm_forward(
 ) -> tuple[torch.Tensor, ...]:
     """y = (s - mean) invstd weight + bias for s = dropout(x) + residual, s, mean and invstd.
 
-    x and residual (rows, columns), contiguous and of one type; weight and bias (columns,). s is
+    x and residual (*, columns), contiguous and of one type; weight and bias (columns,). s is
     written to ``keep`` it, and empty where it is x itself. Without ``centred``, mean is 0.
     """
     y, s, mean, invstd = _forward_fake(
@@ -103,7 +104,7 @@ def row_norm_forward(
     )
     if x.numel() == 0:
         return y, s, mean.zero_(), invstd.fill_(torch.nan)
-    n_rows, n_cols = x.shape
+    n_rows, n_cols = mean.shape[0], x.shape[-1]
     launch = launch_for(n_cols)
     run(
         NAME, row_norm_forward_kernel, (cdiv(n_rows, launch.block_rows),),
@@ -129,7 +130,7 @@ def _backward_fake(
 ) -> tuple[torch.Tensor, ...]:
     dx, dresidual = (torch.empty_like(s) if needed else s.new_empty((0,)) for needed in needs[:2])
     dweight, dbias = (
-        s.new_empty((s.shape[1] if needed else 0,), dtype=s.dtype if like is None else like.dtype)
+        s.new_empty((s.shape[-1] if needed else 0,), dtype=s.dtype if like is None else like.dtype)
         for needed, like in zip(needs[2:], (weight, bias), strict=True)
     )
     return dx, dresidual, dweight, dbias
@@ -162,7 +163,7 @@ def row_norm_backward(
         dy, s, weight, bias, mean, invstd, extra, seed, dropout_p, centred, needs
     )
     dx, dresidual, dweight, dbias = gradients
-    n_rows, n_cols = s.shape
+    n_rows, n_cols = mean.shape[0], s.shape[-1]
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     launch = launch_for(n_cols) if n_cols <= LONGEST_BACKWARD else LONG
@@ -189,7 +190,7 @@ def row_norm_backward(
         sums = _column_sums(dy, s, mean, invstd, needs[2:])
     for gradient, partial in zip((dweight, dbias), sums, strict=True):
         if partial is not None:
-            gradient.copy_(partial.sum(0))
+            add_up(partial, gradient)
     return gradients
 
 
@@ -201,7 +202,7 @@ def _column_sums(
     needs: Sequence[bool],
 ) -> list[torch.Tensor | None]:
     """Partial sums for weight and bias, of rows that are too long to hold."""
-    n_rows, n_cols = s.shape
+    n_rows, n_cols = mean.shape[0], s.shape[-1]
     across = cdiv(n_cols, COLUMNS.block_cols)
     wanted = max(1, 4 * device_of(s).n_multiprocessors // across)
     rows_a_program = cdiv(cdiv(n_rows, wanted), COLUMNS.block_rows) * COLUMNS.block_rows

@@ -201,7 +201,8 @@ def test_large_logits_and_infinities(device: str) -> None:
         [x, weight, late],  # whole chunks of nothing, the first ones
     ):  # fmt: skip
         ours = with_gradients(GF.linear_cross_entropy, layer, None, target, chunk_size=8)
-        torch.testing.assert_close(ours, with_gradients(by_torch, layer, None, target))
+        theirs = with_gradients(by_torch, layer, None, target)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # of logits of 1e3
 
 
 def test_rows_that_are_ignored_or_of_no_class(device: str) -> None:
