@@ -146,6 +146,15 @@ class Problem:
         shape = Shape(kind, widest, dtype, precision_of(dtype), is_heavy)
         return launch_for(shape, device_of(self.q))
 
+    @property
+    def is_one_loop(self) -> bool:
+        """Whether the backward kernels save registers by one loop, in which each pair is looked at.
+
+        Where there is a mask, that has to be done anyway; the others would spill.
+        """
+        widest = max(self.q.shape[-1], self.v.shape[-1])
+        return self.mask is not None or self.q.dtype.itemsize > 2 or widest > 128
+
     def is_uneven(self, n: int, block: int) -> bool:
         """Whether a tile may reach past the last of n queries or keys."""
         return self.starts_k is not None or n % block != 0
@@ -344,7 +353,7 @@ def _query_gradient(problem: Problem, rows: Rows, dq: torch.Tensor | None) -> No
         *problem.stat_strides(), *problem.scalars(), problem.scale,
         launch=launch, NATURAL=problem.is_natural,
         UNEVEN=problem.is_uneven(problem.n_keys, launch.block_keys),
-        BY_DESCRIPTOR=by_descriptor, **problem.constants(),
+        ONE_LOOP=problem.is_one_loop, BY_DESCRIPTOR=by_descriptor, **problem.constants(),
     )  # fmt: skip
 
 
@@ -361,7 +370,7 @@ def _key_gradients(problem: Problem, rows: Rows, dk: torch.Tensor, dv: torch.Ten
         *problem.stat_strides(), *problem.scalars(), problem.scale,
         launch=launch, NATURAL=problem.is_natural,
         UNEVEN=problem.is_uneven(problem.n_queries, launch.block_queries),
-        BY_DESCRIPTOR=by_descriptor, **problem.constants(),
+        ONE_LOOP=problem.is_one_loop, BY_DESCRIPTOR=by_descriptor, **problem.constants(),
     )  # fmt: skip
 
 

@@ -153,14 +153,19 @@ def scores(
     if HAS_SOFTCAP:
         t = tanh(s, 0.0, 0.0)
         s, derivative = softcap * t, 1 - t * t
+    distance = cols - (rows + offset)
     if HAS_SLOPE:
-        s -= slope * tl.abs(cols - (rows + offset))
+        s -= slope * tl.abs(distance)
     if HAS_BIAS:
         s += bias
-    if EDGE:  # bounds of a row, so that an element costs one comparison or two
-        keep = cols < (tl.minimum(rows + offset + after + 1, n_cols) if AFTER else n_cols)
+    if EDGE:
+        keep = cols < n_cols
+        if AFTER and not HAS_SLOPE:  # a bound of a row, and one comparison an element
+            keep = cols < tl.minimum(rows + offset + after + 1, n_cols)
+        elif AFTER:
+            keep = keep & (distance <= after)
         if BEFORE:
-            keep = keep & (cols >= rows + offset - before)
+            keep = keep & (distance >= -before)
         s = tl.where(keep, s, -float("inf"))
     return s, derivative
 

@@ -7,6 +7,7 @@ With p = softmax(s), d the dropout's factors, and dy the gradient of y = (p d) v
 
 p is computed again from the scores and the row's maximum and sum. Each result has a kernel that
 owns a tile of it and adds up in a fixed order: no atomics, and the same bits from run to run.
+It walks over whole tiles apart from those with pairs that are ruled out, but with ONE_LOOP.
 """
 
 from __future__ import annotations
@@ -193,9 +194,9 @@ def attention_key_gradients_kernel(
     scale, softcap, threshold, dropout_scale, gradient_scale,
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
     AFTER: tl.constexpr, NATURAL: tl.constexpr, QUADS: tl.constexpr, UNEVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    ONE_LOOP: tl.constexpr, PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+    BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. A program owns BLOCK_KEYS keys of one head, with all query heads that share it."""
     n_blocks = tl.cdiv(n_keys, BLOCK_KEYS)
@@ -222,9 +223,7 @@ def attention_key_gradients_kernel(
         tl.where(key < n_k, n_q, 0), after, before, AFTER, BEFORE, BLOCK_QUERIES
     )  # fmt: skip
     mask_batch = batch_of_mask(mask_batches_ptr, batch)
-    HAS_MASK: tl.constexpr = mask_ptr is not None
-    ONE_LOOP: tl.constexpr = HAS_MASK or BLOCK_HEAD > 128 or BLOCK_HEAD_V > 128
-    if ONE_LOOP:  # to save code and registers
+    if ONE_LOOP:
         whole_end = start
     for member in range(group):
         head = key_head * group + member
@@ -232,7 +231,7 @@ def attention_key_gradients_kernel(
         if not BY_DESCRIPTOR:
             q_head_ptr += batch * stride_q_batch + head * stride_q_head + first_q * stride_q_row
             dy_head_ptr += batch * stride_dy_batch + head * stride_dy_head + first_q * stride_dy_row
-        if HAS_MASK:
+        if mask_ptr is not None:
             mask_head_ptr += mask_batch * stride_mask_batch + head * stride_mask_head
         first_stat = batch * stride_stat_batch + head * stride_stat_head + first_q
         slope = slope_of(slopes_ptr, batch * stride_slopes_batch + head * stride_slopes_head,
@@ -320,9 +319,9 @@ def attention_query_gradient_kernel(
     scale, softcap, threshold, dropout_scale, gradient_scale,
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
     AFTER: tl.constexpr, NATURAL: tl.constexpr, QUADS: tl.constexpr, UNEVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    ONE_LOOP: tl.constexpr, PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+    BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq, or, without ``dq_ptr``, delta. A program owns rows of one head, the last ones first.
 
@@ -341,8 +340,7 @@ def attention_query_gradient_kernel(
         k_ptr += batch * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
         v_ptr += batch * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
         dy_ptr += batch * stride_dy_batch + head * stride_dy_head + first_q * stride_dy_row
-    HAS_MASK: tl.constexpr = mask_ptr is not None
-    if HAS_MASK:
+    if mask_ptr is not None:
         mask_batch = batch_of_mask(mask_batches_ptr, batch)
         mask_ptr += mask_batch * stride_mask_batch + head * stride_mask_head
     slope = slope_of(slopes_ptr, batch * stride_slopes_batch + head * stride_slopes_head, NATURAL)
@@ -364,20 +362,21 @@ def attention_query_gradient_kernel(
         row + offset, tl.minimum(row + BLOCK_QUERIES, n_q) - 1 + offset,
         tl.where(row < n_q, n_k, 0), before, after, BEFORE, AFTER, BLOCK_KEYS
     )  # fmt: skip
-    if HAS_MASK:
+    if ONE_LOOP:
         whole_end = start
     for part in tl.static_range(3):
         lower = start if part == 0 else whole_start if part == 1 else whole_end
         upper = whole_start if part == 0 else whole_end if part == 1 else end
-        if (HAS_MASK or AFTER or UNEVEN) if part == 2 else not HAS_MASK and (BEFORE or part == 1):
+        if (ONE_LOOP or AFTER or UNEVEN) if part == 2 else not ONE_LOOP and (BEFORE or part == 1):
             dq, total = add_query_gradient(
                 dq, total, q, dy, k_ptr, v_ptr, mask_ptr, seed_ptr, shift, factor, delta, batch,
                 key_head, rows, first_stat + row_index, lower, upper, n_q, n_k, n_keys,
                 stride_k_row, stride_k_col, stride_v_row, stride_v_col, stride_mask_row,
                 stride_mask_col, slope, scale, softcap, before, after, offset, threshold,
                 dropout_scale, dq_ptr is None, slopes_ptr is not None, HAS_SOFTCAP, BEFORE, AFTER,
-                NATURAL, sums_ptr is not None, QUADS, PRECISION, BY_DESCRIPTOR, part != 1, HEAD,
-                HEAD_V, BLOCK_HEAD, BLOCK_HEAD_V, BLOCK_QUERIES, BLOCK_KEYS,
+                NATURAL, sums_ptr is not None, QUADS, PRECISION, BY_DESCRIPTOR,
+                part != 1 and (BEFORE or AFTER or UNEVEN), HEAD, HEAD_V, BLOCK_HEAD, BLOCK_HEAD_V,
+                BLOCK_QUERIES, BLOCK_KEYS,
             )  # fmt: skip
     if dq_ptr is None:
         tl.store(delta_ptr + first_stat + row_index, total, mask=row_index < n_q)
