@@ -3,6 +3,10 @@
 A checkpoint is written to a temporary file, flushed to the disk and then renamed, so that at any
 moment each name holds a whole one; a SHA-256 digest shows what was damaged later. The last two are
 kept: where the newest is damaged, the one before it is used.
+
+A demo of one training calls ``go_on`` before its loop, and ``save`` after every so many steps; one
+of several parts has a ``Journal``. On ``CANNOT_RESUME`` its ``main`` prints the message and
+returns 1.
 """
 
 from __future__ import annotations
@@ -10,15 +14,19 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from processes import Processes
+
 HEADER = b"gpunn checkpoint 1\n"
 N_KEPT = 2
+ALONE = Processes()
 
 
 class DamagedCheckpointError(Exception):
@@ -27,6 +35,27 @@ class DamagedCheckpointError(Exception):
 
 class ResumeError(Exception):
     """A checkpoint is not of this run."""
+
+
+CANNOT_RESUME = DamagedCheckpointError, ResumeError
+
+
+class Resumable(Protocol):
+    """A training that can be put away and taken up again."""
+
+    step: int
+
+    def chosen(self) -> dict[str, Any]:
+        """By name: what has to be the same in a run that goes on."""
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, as tensors and plain values.
+
+        All processes call it; what the first gets is what is written.
+        """
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +158,20 @@ def check_same_run(saved: dict[str, Any], chosen: dict[str, Any]) -> None:
             )
 
 
+def newest(checkpoints: Checkpoints, chosen: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """What the newest checkpoint that is whole has, if there is one; and what to say of it.
+
+    Raises:
+        DamagedCheckpointError: there are some, and all are damaged.
+        ResumeError: it is of a run that had not ``chosen`` the same.
+    """
+    found = checkpoints.load()
+    if found is None:
+        return None, f"No checkpoint in {checkpoints.folder}: from the beginning"
+    check_same_run(found.state["chosen"], chosen)
+    return found.state, "\n".join([*found.refused, f"Going on from {found.path}"])
+
+
 class Journal:
     """What a run of several parts has computed so far, by their names: what checkpoints hold.
 
@@ -148,12 +191,10 @@ class Journal:
             DamagedCheckpointError: there are some, and all are damaged.
             ResumeError: it is of a run with other options.
         """
-        found = self.checkpoints.load()
-        if found is None:
-            return f"No checkpoint in {self.checkpoints.folder}: from the beginning"
-        check_same_run(found.state["chosen"], self.chosen)
-        self.parts = found.state["parts"]
-        return "\n".join([*found.refused, f"Going on from {found.path}"])
+        state, said = newest(self.checkpoints, self.chosen)
+        if state is not None:
+            self.parts = state["parts"]
+        return said
 
     def part(self, name: str) -> Part:
         return Part(self, name)
@@ -175,6 +216,29 @@ class Part:
         """A checkpoint with this part's state, of tensors and plain values, and the others'."""
         self.journal.parts[self.name] = state
         self.journal.checkpoints.save({"chosen": self.journal.chosen, "parts": self.journal.parts})
+
+
+def save(training: Resumable, checkpoints: Checkpoints, group: Processes = ALONE) -> None:
+    """One more checkpoint, which the first process writes; all call it."""
+    state = {"chosen": training.chosen(), **training.state()}
+    if group.first:
+        checkpoints.save(state)
+    group.wait()
+
+
+def go_on(training: Resumable, checkpoints: Checkpoints, group: Processes = ALONE) -> None:
+    """Go on from the newest checkpoint that is whole, and say so, or that there is none.
+
+    Raises:
+        DamagedCheckpointError: there are some, and all are damaged.
+        ResumeError: it is of a run with other options.
+    """
+    state, said = newest(checkpoints, training.chosen())
+    if state is not None:
+        training.restore(state)
+        said += f", step {training.step}"
+    if group.first:
+        print(said, file=sys.stderr)
 
 
 def generator_states() -> dict[str, torch.Tensor]:

@@ -178,13 +178,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def progress_bar(doing: str = "training") -> Progress:
-    """A bar with the loss of the mini-batch beside it."""
+def progress_bar(doing: str = "training", live: str = "loss {task.fields[loss]:.4f}") -> Progress:
+    """A bar with the loss of the mini-batch beside it, or with what else is to be seen live."""
     return Progress(
         TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn(live),
         TimeElapsedColumn(),
     )
 

@@ -51,7 +51,7 @@ from typing import Any
 import torch
 
 import gpunn
-from checkpoint import DamagedCheckpointError, Journal, ResumeError, digest
+from checkpoint import CANNOT_RESUME, Journal, digest
 from command_line import device_of, parser_for
 from digits_mlp import one_thread, progress_bar
 from feature_networks import (
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.resume:
         try:
             print(journal.resume(), file=sys.stderr)
-        except (DamagedCheckpointError, ResumeError) as error:
+        except CANNOT_RESUME as error:
             print(error, file=sys.stderr)
             return 1
     with one_thread():

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 import gpunn
-from checkpoint import DamagedCheckpointError, ResumeError
+from checkpoint import CANNOT_RESUME
 from command_line import device_of, parser_for
 from gpunn.models import TranslationTransformer
 from processes import processes
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 1, saying why, without num2words or a checkpoint that can be gone on from."""
     try:
         run(parse(argv))
-    except (DamagedCheckpointError, ModuleNotFoundError, ResumeError) as error:
+    except (*CANNOT_RESUME, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 import gpunn
 import gpunn.functional as GF
-from checkpoint import Checkpoints, check_same_run, generator_states, set_generator_states
+from checkpoint import Checkpoints, generator_states, go_on, save, set_generator_states
 from digits_mlp import one_thread, progress_bar
 from gpunn.models import TranslationTransformer, noam_rate, transformer_small
 from processes import Processes, set_state, state_of, whole
@@ -145,7 +144,6 @@ class Training:
         """All that the rest of the run depends on."""
         return {
             **state_of(self.model, self.optimizer),
-            "chosen": self.chosen(),
             "step": self.step,
             "losses": self.losses,
             "curve": [[p.step, p.train_loss, p.held_out_loss] for p in self.curve],
@@ -161,12 +159,7 @@ class Training:
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ResumeError: it is of a run with other options.
-        """
-        check_same_run(state["chosen"], self.chosen())
+        """Go on from a checkpoint."""
         set_state(self.model, self.optimizer, state)
         self.step, self.losses = state["step"], list(state["losses"])
         self.curve = [Point(int(step), *losses) for step, *losses in state["curve"]]
@@ -192,7 +185,8 @@ def train(
     """A whole training, or the rest of one, and the trace of its first step."""
     setting, training = options.setting, Training(corpus, options, device, group)
     checkpoints, trace = Checkpoints(options.out / "checkpoints"), None
-    go_on(training, checkpoints)
+    if options.resume:
+        go_on(training, checkpoints, group)
     if not training.curve:
         training.measure()
     bar: Any = progress_bar() if group.first else nullcontext()
@@ -210,22 +204,5 @@ def train(
             if training.step % setting.measure_every == 0 or last:
                 training.measure()
             if training.step % setting.save_every == 0 or last:
-                state = training.state()
-                if group.first:
-                    checkpoints.save(state)
-                group.wait()
+                save(training, checkpoints, group)
     return training, trace or gpunn.Trace()
-
-
-def go_on(training: Training, checkpoints: Checkpoints) -> None:
-    """Where the options ask for it, go on from the last checkpoint that is whole."""
-    if not training.options.resume:
-        return
-    found = checkpoints.load()
-    if found is None:
-        said = f"No checkpoint in {checkpoints.folder}: from the beginning"
-    else:
-        training.restore(found.state)
-        said = "\n".join([*found.refused, f"Going on from {found.path}, step {training.step}"])
-    if training.group.first:
-        print(said, file=sys.stderr)

@@ -1,13 +1,8 @@
-"""A corpus for tests that no package is needed for, and the smallest training on it.
-
-As a script, one of two processes with the variables that torchrun gives them: it trains in both
-ways of sharing, and checks that the curve is that of one process with the whole batch.
-"""
+"""A corpus for tests that no package is needed for, and the smallest training on it."""
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +15,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import translation_data as data  # noqa: E402
 import translation_training as training  # noqa: E402
-from processes import Processes, processes  # noqa: E402
+from processes import Processes  # noqa: E402
 
 NETWORK = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_hidden": 12, "dropout": 0.1}
 
@@ -63,31 +58,25 @@ def last_gradient(found: training.Training) -> torch.Tensor:
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
-def main(out: Path) -> None:
-    """In two halves, so that what is shared is also saved and taken up again."""
-    with processes(torch.device("cpu")) as (group, device):
-        if group.size != 2:
-            raise RuntimeError(f"expected two processes, got {group.size}")
-        alone = trained(options(out / f"alone {group.rank}", 6, {"dropout": 0.0}))
-        for fsdp in (False, True):
-            for steps, resume in ((2, False), (6, True)):
-                given = options(out / str(fsdp), steps, {"dropout": 0.0}, fsdp=fsdp, resume=resume)
-                found, _ = training.train(corpus(), given, device, group)
-            # Not of all: the gradient of keys' bias is 0 but for rounding, which Adam divides by.
-            weights = found.whole().output.weight, alone.whole().output.weight
-            torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
-            gradients = last_gradient(found), last_gradient(alone)  # whose size Adam does not show
-            torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
-            if group.first:
-                ours = {point.step: point for point in found.curve}
-                for theirs in alone.curve:
-                    losses = ours[theirs.step].held_out_loss, theirs.held_out_loss
-                    assert math.isclose(*losses, rel_tol=1e-5)
-                losses = ours[6].train_loss, theirs.train_loss  # of steps 5 and 6, in both
+def train_together(out: Path, group: Processes) -> None:
+    """In both ways of sharing, two processes get the curve of one with the whole batch.
+
+    In two halves, so that what is shared is also saved and taken up again.
+    """
+    alone = trained(options(out / f"alone {group.rank}", 6, {"dropout": 0.0}))
+    for fsdp in (False, True):
+        for steps, resume in ((2, False), (6, True)):
+            given = options(out / str(fsdp), steps, {"dropout": 0.0}, fsdp=fsdp, resume=resume)
+            found, _ = training.train(corpus(), given, given.device, group)
+        # Not of all: the gradient of keys' bias is 0 but for rounding, which Adam divides by.
+        weights = found.whole().output.weight, alone.whole().output.weight
+        torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+        gradients = last_gradient(found), last_gradient(alone)  # whose size Adam does not show
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+        if group.first:
+            ours = {point.step: point for point in found.curve}
+            for theirs in alone.curve:
+                losses = ours[theirs.step].held_out_loss, theirs.held_out_loss
                 assert math.isclose(*losses, rel_tol=1e-5)
-        print("all agree", flush=True)
-    os._exit(0)  # gloo's threads can wait for ever on the interpreter that is shutting down
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+            losses = ours[6].train_loss, theirs.train_loss  # of steps 5 and 6, in both
+            assert math.isclose(*losses, rel_tol=1e-5)

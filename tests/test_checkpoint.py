@@ -194,7 +194,7 @@ def test_from_the_checkpoint_before_a_damaged_one(
 
 
 def test_a_run_with_other_options_is_refused(
-    small: Any, checkpoint: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: ModuleType, small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with gpunn.backend("torch"):
         small.trained(small.options(tmp_path, 2, {}))
@@ -210,7 +210,7 @@ def test_a_run_with_other_options_is_refused(
 
 
 def test_two_processes_learn_as_one(small: Any, tmp_path: Path) -> None:
-    """As torchrun starts them, over gloo: DistributedDataParallel, then FSDP2, both resumed."""
+    """As torchrun starts them, over gloo: DistributedDataParallel, then FSDP2, all resumed."""
     if not torch.distributed.is_available():
         pytest.skip("this build of torch has no torch.distributed")
     with socket.socket() as free:
@@ -218,10 +218,11 @@ def test_two_processes_learn_as_one(small: Any, tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     shared = {
         **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "examples"))),
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     shared.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(ROOT / "tests" / "small_translation.py"), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "small_together.py"), str(tmp_path)]
     started = [
         subprocess.Popen(
             command, env={**shared, "RANK": rank, "LOCAL_RANK": rank},
