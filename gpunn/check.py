@@ -139,9 +139,14 @@ def interpreted(arguments: Sequence[str], quiet: bool = False) -> int:
 
 
 @functools.cache
-def is_green(op: str) -> bool:
-    """Whether every check of ``op`` passes, wherever its kernels can run. Found out once."""
+def first_fault(op: str) -> str:
+    """The first check of ``op`` that does not pass here, and why; empty where all do.
+
+    Found out once, wherever its kernels can run.
+    """
     checks_of(op)
     if kernels_run_here():
-        return all(row.ok for row in run_checks([op]))
-    return interpreted(["check", op], quiet=True) == 0
+        red = (row for row in run_checks([op]) if not row.ok)
+        return next((f"{row.case}, {row.dtype}: {row.verdict}" for row in red), "")
+    return "" if interpreted(["check", op], quiet=True) == 0 else f"see `gpunn check {op}`"
+

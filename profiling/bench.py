@@ -285,26 +285,28 @@ def bench(
     seconds: float,
     progress: Callable[[str], None] = lambda line: None,
     keep: Callable[[Results], None] = lambda results: None,
-    green: Mapping[str, bool] | None = None,
+    faults: Mapping[str, str] | None = None,
 ) -> Results:
     """Measure the cases of these ops within about so many seconds; a row for every case.
 
     Cases of an op whose check is not green, and those that time ran out for, get rows that say so.
-    ``green`` are the checks that were made before. ``keep`` is given what there is after every
-    case, so that nothing is lost if the end is not met.
+    ``faults`` is what checks found before: see ``prepare``. ``keep`` is given what there is after
+    every case, so that nothing is lost if the end is not met.
     """
-    from gpunn.check import is_green
+    from gpunn.check import first_fault
 
     require_gpu()
-    started, known = time.perf_counter(), green or {}
+    started, known = time.perf_counter(), faults or {}
     results, waiting = Results(), []
     for op in ops:
         parts = CHECKED_AS.get(op, (op,))
-        red = [part for part in parts if not (known[part] if part in known else is_green(part))]
+        found = {part: known[part] if part in known else first_fault(part) for part in parts}
+        red = {part: fault for part, fault in found.items() if fault}
         if not red:
             waiting += CASES[op]
         else:
             reason = f"`gpunn check {' '.join(red)}` is not green, and a wrong kernel is not timed"
+            reason += f": {'; '.join(red.values())}"
             results.rows += [_unmeasured(case, reason) for case in CASES[op]]
     if not waiting:
         return results

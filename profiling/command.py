@@ -123,8 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
         def left() -> float:
             return float(arguments.seconds - (time.perf_counter() - started))
 
-        green = prepare(ops, left() * PREPARATION_SHARE, _progress)
-        results = bench(ops, left(), _progress, keep, green)
+        faults = prepare(ops, left() * PREPARATION_SHARE, _progress)
+        results = bench(ops, left(), _progress, keep, faults)
         print(f"\n{_roof_line(results.roof)}\n\n{speed_table(results.rows)}")
     elif not arguments.no_speed:
         print(f"\nspeed: not measured: {reason}")

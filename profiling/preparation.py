@@ -24,8 +24,10 @@ ALONE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """One thread a process."""
 
 
-def prepare(ops: Sequence[str], seconds: float, progress: Callable[[str], None]) -> dict[str, bool]:
-    """Whether ``gpunn check`` is green for each op and, of a network, for those that it needs.
+def prepare(ops: Sequence[str], seconds: float, progress: Callable[[str], None]) -> dict[str, str]:
+    """What ``gpunn check`` finds wrong with each op and, of a network, with those that it needs.
+
+    An op that is right has an empty entry.
 
     What is not done within about so many seconds is left to the benchmark: an op without an entry
     is still to be checked.
@@ -38,7 +40,7 @@ def prepare(ops: Sequence[str], seconds: float, progress: Callable[[str], None])
     n_workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))
     progress(f"{n_workers} processes check {len(checks)} ops and compile {len(cases)} cases")
     with _environment(ALONE), get_context("spawn").Pool(n_workers) as pool:
-        checked = {op: pool.apply_async(_is_green, (op,)) for op in checks}
+        checked = {op: pool.apply_async(_first_fault, (op,)) for op in checks}
         compiled = [pool.apply_async(_compile, task) for task in cases]
         tasks: list[AsyncResult[Any]] = [*checked.values(), *compiled]
         for task in tasks:
@@ -64,10 +66,10 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _is_green(op: str) -> bool:
-    from gpunn.check import is_green
+def _first_fault(op: str) -> str:
+    from gpunn.check import first_fault
 
-    return is_green(op)
+    return first_fault(op)
 
 
 def _compile(op: str, index: int) -> None:

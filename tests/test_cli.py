@@ -53,9 +53,9 @@ def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh_verdicts() -> Iterator[None]:
-    check.is_green.cache_clear()
+    check.first_fault.cache_clear()
     yield
-    check.is_green.cache_clear()
+    check.first_fault.cache_clear()
 
 
 # --- check ---
@@ -180,21 +180,23 @@ def test_check_without_rich(
     assert len(rows_of(capsys.readouterr().out)) == 3
 
 
-# --- is_green, for gpunn profile ---
+# --- first_fault, for gpunn profile ---
 
 
-def test_is_green(few_checks: None, fresh_verdicts: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check.is_green("activation")
+def test_first_fault(
+    few_checks: None, fresh_verdicts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not check.first_fault("activation")
     monkeypatch.setattr(GF, "relu", torch.relu)
-    assert check.is_green("activation"), "found out once"
-    check.is_green.cache_clear()
-    assert not check.is_green("activation")
+    assert not check.first_fault("activation"), "found out once"
+    check.first_fault.cache_clear()
+    assert "no kernel ran" in check.first_fault("activation")
     with pytest.raises(ValueError, match="unknown name 'softmux'"):
-        check.is_green("softmux")
+        check.first_fault("softmux")
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_is_green_in_a_process_that_runs_no_kernels(
+def test_first_fault_in_a_process_that_runs_no_kernels(
     status: int, fresh_verdicts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
@@ -205,7 +207,7 @@ def test_is_green_in_a_process_that_runs_no_kernels(
 
     monkeypatch.setattr(check, "kernels_run_here", lambda: False)
     monkeypatch.setattr(check, "interpreted", run)
-    assert check.is_green("glu") == (status == 0)
+    assert bool(check.first_fault("glu")) == bool(status)
     assert asked == [["check", "glu"]]
 
 

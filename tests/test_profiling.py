@@ -224,7 +224,7 @@ def test_the_number_of_samples_fits_the_time() -> None:
 
 def test_bench_refuses_to_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(sys.modules, "gpunn.check", SimpleNamespace(is_green=lambda op: True))
+    monkeypatch.setitem(sys.modules, "gpunn.check", SimpleNamespace(first_fault=lambda op: ""))
     with pytest.raises(RuntimeError, match="not measured: PyTorch finds no CUDA GPU here"):
         bench.bench(["linear"], 10)
 
@@ -268,7 +268,7 @@ def measured(
         monkeypatch.setattr(bench, "in_graph", lambda calls: lambda: bench.one_pass(calls)[0])
     else:
         monkeypatch.setattr(bench, "MOST_SETS", 3)
-    check = SimpleNamespace(is_green=lambda op: op != "red")
+    check = SimpleNamespace(first_fault=lambda op: "of a reason" * (op == "red"))
     monkeypatch.setitem(sys.modules, "gpunn.check", check)
 
     def run(cases: dict[str, list[Case]], seconds: float) -> list[Row]:
