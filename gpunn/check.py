@@ -149,4 +149,3 @@ def first_fault(op: str) -> str:
         red = (row for row in run_checks([op]) if not row.ok)
         return next((f"{row.case}, {row.dtype}: {row.verdict}" for row in red), "")
     return "" if interpreted(["check", op], quiet=True) == 0 else f"see `gpunn check {op}`"
-
