@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from gpunn.kernels.attention_mask_gradient import attention_mask_gradient_kernel
-from gpunn.kernels.attention_operands import block_of, operand, read_by_descriptor
+from gpunn.kernels.attention_operands import block_of, head_block, operand, read_by_descriptor
 from gpunn.kernels.attention_tiles import DELTA_LAUNCH, AttentionLaunch, Kind, Shape, launch_for
 from gpunn.kernels.flash import attention_forward_kernel
 from gpunn.kernels.flash_backward import (
@@ -131,12 +131,12 @@ class Problem:
 
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments that the kernels have in common."""
-        head, head_v = self.q.shape[-1], self.v.shape[-1]
+        head, head_v, dtype = self.q.shape[-1], self.v.shape[-1], self.q.dtype
         return dict(
             LOWER_RIGHT=self.lower_right, HAS_SOFTCAP=self.softcap != 0, BEFORE=self.before >= 0,
             AFTER=self.after >= 0, QUADS=self.n_keys % 4 == 0,
-            PRECISION=precision_of(self.q.dtype), HEAD=head, HEAD_V=head_v,
-            BLOCK_HEAD=block_of(head), BLOCK_HEAD_V=block_of(head_v),
+            PRECISION=precision_of(dtype), HEAD=head, HEAD_V=head_v,
+            BLOCK_HEAD=head_block(head, dtype), BLOCK_HEAD_V=head_block(head_v, dtype),
         )  # fmt: skip
 
     def launch(self, kind: Kind) -> AttentionLaunch:
