@@ -43,7 +43,7 @@ bench: $(READY) ## time the kernels; with no GPU, read what they cost from their
 	$(PY) -m gpunn profile
 
 # Installs into $(PYTHON) itself, from this folder alone.
-gpu: ## on a machine with a GPU: every test, then the benchmark, in BUDGET seconds, into OUT
+gpu: ## on a machine with a GPU: the tests of kernels, then the benchmark, in BUDGET seconds, into OUT
 	started=$$(date +%s) && rm -rf build && \
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation . && \
 	$(PYTHON) -m gpunn.profiling.gpu_run \

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ N_KEPT = 2
 
 class DamagedCheckpointError(Exception):
     """No checkpoint is what was written."""
+
+
+class ResumeError(Exception):
+    """A checkpoint is not of this run."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,75 @@ class Checkpoints:
         if refused:
             raise DamagedCheckpointError("\n".join(refused))
         return None
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Some tensors in a word: the beginning of the SHA-256 digest of their bytes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def check_same_run(saved: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """What a checkpoint's run had ``chosen``, against what this one has.
+
+    Raises:
+        ResumeError: something differs.
+    """
+    for name, value in chosen.items():
+        if saved.get(name) != value:
+            raise ResumeError(
+                f"--resume: the checkpoint has {name} = {saved.get(name)}, this run {value}"
+            )
+
+
+class Journal:
+    """What a run of several parts has computed so far, by their names: what checkpoints hold.
+
+    Args:
+        folder: of the checkpoints.
+        chosen: what has to be the same in a run that goes on.
+    """
+
+    def __init__(self, folder: Path, chosen: dict[str, Any]) -> None:
+        self.checkpoints, self.chosen = Checkpoints(folder), chosen
+        self.parts: dict[str, dict[str, Any]] = {}
+
+    def resume(self) -> str:
+        """Go on from the newest checkpoint that is whole; says from which.
+
+        Raises:
+            DamagedCheckpointError: there are some, and all are damaged.
+            ResumeError: it is of a run with other options.
+        """
+        found = self.checkpoints.load()
+        if found is None:
+            return f"No checkpoint in {self.checkpoints.folder}: from the beginning"
+        check_same_run(found.state["chosen"], self.chosen)
+        self.parts = found.state["parts"]
+        return "\n".join([*found.refused, f"Going on from {found.path}"])
+
+    def part(self, name: str) -> Part:
+        return Part(self, name)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of them."""
+
+    journal: Journal
+    name: str
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """As it was kept last; None where nothing was."""
+        return self.journal.parts.get(self.name)
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """A checkpoint with this part's state, of tensors and plain values, and the others'."""
+        self.journal.parts[self.name] = state
+        self.journal.checkpoints.save({"chosen": self.journal.chosen, "parts": self.journal.parts})
 
 
 def generator_states() -> dict[str, torch.Tensor]:

@@ -178,10 +178,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def progress_bar() -> Progress:
+def progress_bar(doing: str = "training") -> Progress:
     """A bar with the loss of the mini-batch beside it."""
     return Progress(
-        TextColumn("training"),
+        TextColumn(doing),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 import gpunn
-from checkpoint import DamagedCheckpointError
+from checkpoint import DamagedCheckpointError, ResumeError
 from command_line import device_of, parser_for
 from gpunn.models import TranslationTransformer
 from processes import processes
@@ -50,7 +50,7 @@ from translation_data import (
     dictionary,
     number_words,
 )
-from translation_training import MEASURED_ROWS, Options, Point, ResumeError, Training, train
+from translation_training import MEASURED_ROWS, Options, Point, Training, train
 
 try:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ import torch
 
 import gpunn
 import gpunn.functional as GF
-from checkpoint import Checkpoints, generator_states, set_generator_states
+from checkpoint import Checkpoints, check_same_run, generator_states, set_generator_states
 from digits_mlp import one_thread, progress_bar
 from gpunn.models import TranslationTransformer, noam_rate, transformer_small
 from processes import Processes, set_state, state_of, whole
@@ -52,10 +52,6 @@ class Options:
     resume: bool = False
     fsdp: bool = False
     setting: Setting = Setting()
-
-
-class ResumeError(Exception):
-    """A checkpoint is not of this run."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +166,7 @@ class Training:
         Raises:
             ResumeError: it is of a run with other options.
         """
-        for name, value in self.chosen().items():
-            if state["chosen"][name] != value:
-                raise ResumeError(
-                    f"--resume: the checkpoint has {name} = {state['chosen'][name]}, "
-                    f"this run {value}"
-                )
+        check_same_run(state["chosen"], self.chosen())
         set_state(self.model, self.optimizer, state)
         self.step, self.losses = state["step"], list(state["losses"])
         self.curve = [Point(int(step), *losses) for step, *losses in state["curve"]]

@@ -22,7 +22,7 @@ import torch
 
 from gpunn.checks import CHECKS as CHECKS  # with the other names that who runs them needs
 from gpunn.checks.comparison import DTYPES as DTYPES
-from gpunn.checks.comparison import SEED, Check, as_numpy
+from gpunn.checks.comparison import SEED, Check, as_numpy, full_precision
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.kernels.launch import Trace, backend, trace
 from gpunn.reference.closeness import Verdict, judge
@@ -88,7 +88,7 @@ def run_checks(
 def run_check(check: Check, dtype: torch.dtype, device: str) -> Row:
     """One check in one dtype. The random generators are left as they were."""
     name = str(dtype).removeprefix("torch.")
-    with torch.random.fork_rng(), backend("kernels"), trace() as record:
+    with torch.random.fork_rng(), full_precision(), backend("kernels"), trace() as record:
         torch.manual_seed(SEED)
         try:
             comparisons = check.run(dtype, device)

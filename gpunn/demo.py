@@ -57,6 +57,7 @@ DEMOS = {
     "transformer": Demo("transformer_translate", "number words", 100),
     "gpt": Demo("gpt_text", "Python's language reference", 75),
     "gan": Demo("gan", "digits, 8×8", 37),
+    "style": Demo("style_transfer", "two photographs, a painting", 180),
 }
 
 

@@ -22,12 +22,11 @@ from typing import Any, Literal
 import triton
 import triton.language as tl
 
-from gpunn.kernels.numeric import expm1, log1p_unit, nan_max, nan_min, tanh_small
+from gpunn.kernels.numeric import expm1, log1p_unit, nan_max, nan_min, normal_cdf, tanh_small
 
 SELU_ALPHA = tl.constexpr(1.6732632423543772848170429916717)
 SELU_SCALE = tl.constexpr(1.0507009873554804934193349852946)
 SELU_ALPHA_SCALE = tl.constexpr(1.7580993408473766)
-SQRT_1_2 = tl.constexpr(0.70710678118654752440)
 SQRT_2_OVER_PI = tl.constexpr(0.79788456080286535588)
 INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
 GELU_CUBIC = tl.constexpr(0.044715)
@@ -202,13 +201,14 @@ def hardshrink(x, p0: tl.constexpr, p1: tl.constexpr):
 
 @triton.jit
 def gelu(x, p0: tl.constexpr, p1: tl.constexpr):
-    return 0.5 * x * (1 + tl.erf(x * SQRT_1_2))
+    cdf, _ = normal_cdf(x)
+    return x * cdf
 
 
 @triton.jit
 def gelu_gradient(dy, x, p0: tl.constexpr, p1: tl.constexpr):
-    cdf = 0.5 * (1 + tl.erf(x * SQRT_1_2))
-    return dy * (cdf + x * tl.exp(x * x * -0.5) * INV_SQRT_2PI)
+    cdf, bell = normal_cdf(x)
+    return dy * (cdf + x * bell * INV_SQRT_2PI)
 
 
 @triton.jit

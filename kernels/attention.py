@@ -171,11 +171,12 @@ def in_order_of(tensor: torch.Tensor, n_cols: int, zeros: bool) -> torch.Tensor:
 
     Filled with zeros, or not at all.
     """
-    strides = tensor.stride()
+    strides, shape = tensor.stride(), (*tensor.shape[:-1], n_cols)
+    allocate = tensor.new_zeros if zeros else tensor.new_empty
+    if strides[0] >= strides[1] >= strides[2]:
+        return allocate(shape)
     order = sorted(range(3), key=lambda d: (-strides[d], d))
-    shape = (*tensor.shape[:-1], n_cols)
-    laid_out = tensor.new_empty([shape[d] for d in (*order, 3)])
-    laid_out = laid_out.zero_() if zeros else laid_out
+    laid_out = allocate([shape[d] for d in (*order, 3)])
     return laid_out.permute(*(order.index(d) for d in range(3)), 3)
 
 

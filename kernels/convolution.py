@@ -209,7 +209,8 @@ def conv_forward(
         forward_taps(y.shape[2 + d], kernel[d], stride[d], padding[2 * d], dilation[d])
         for d in (0, 1)
     )
-    convolve("conv_forward", x, weight.unflatten(0, (groups, -1)), outputs, (rows, cols))
+    by_group = weight[None] if groups == 1 else weight.unflatten(0, (groups, -1))
+    convolve("conv_forward", x, by_group, outputs, (rows, cols))
     return y, saved
 
 
@@ -274,7 +275,8 @@ def conv_transpose_forward(
         n_inner = weight.shape[0] // groups * n_taps
         if _left_to_library("conv_transpose_forward", outputs, n_inner, sums):
             return y, saved
-    by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    by_group = weight[None] if groups == 1 else weight.unflatten(0, (groups, -1))
+    by_group = by_group.transpose(1, 2)
     rows, cols = (
         transposed_taps(output_size[d], kernel[d], stride[d], padding[2 * d], dilation[d])
         for d in (0, 1)

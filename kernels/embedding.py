@@ -190,7 +190,7 @@ def _forward_fake(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return weight.new_empty((indices.shape[0], weight.shape[1]), dtype=dtype)
+    return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
 
 
 @operator(
@@ -209,14 +209,14 @@ def embedding_forward(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """dropout(scale weight[indices] + positional[positions]), (tokens, columns), in ``dtype``.
+    """dropout(scale weight[indices] + positional[positions]), (*, columns), in ``dtype``.
 
-    indices (tokens,), and positions, if given, contiguous; else token n is at n mod ``length``. The
+    indices (*), and positions, if given, contiguous; else token n is at n mod ``length``. The
     tables have any strides. On a GPU, an index of no row gives NaN.
     """
     refuse_strangers(indices, weight.shape[0])
     y = _forward_fake(indices, weight, positions, positional, seed, length, scale, dropout_p, dtype)
-    n_tokens, n_cols = y.shape
+    n_tokens, n_cols = indices.numel(), y.shape[-1]
     if positions is not None and positional is not None:
         refuse_strangers(positions, positional.shape[0])
     if y.numel():
@@ -244,7 +244,7 @@ def _backward_fake(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return dy.new_empty((n_rows, dy.shape[1]), dtype=dtype)
+    return dy.new_empty((n_rows, dy.shape[-1]), dtype=dtype)
 
 
 @operator(
@@ -265,7 +265,7 @@ def embedding_backward(
 ) -> torch.Tensor:
     """The gradient of a table of ``n_rows``: scale Σ dropout(dy) over the tokens of each row.
 
-    dy (tokens, columns), contiguous. Without ``indices``, token n looked up row n mod ``length``.
+    dy (*, columns), contiguous. Without ``indices``, token n looked up row n mod ``length``.
     The row ``padding_idx``, if it is not negative, has none.
     """
     dtable = _backward_fake(
@@ -273,8 +273,11 @@ def embedding_backward(
     ).zero_()
     if dy.numel() == 0 or n_rows == 0:
         return dtable
-    n_tokens, n_cols = dy.shape
-    key, order = _by_position(dy, length) if indices is None else indices.sort(stable=True)
+    n_tokens, n_cols = dy.shape[:-1].numel(), dy.shape[-1]
+    if indices is None:
+        key, order = _by_position(dy, length)
+    else:
+        key, order = indices.flatten().sort(stable=True)
     launch = next((tile for tile in SUMS if n_cols <= tile.block_cols), SUMS[-1])
     n_pieces, across = cdiv(n_tokens, launch.piece), cdiv(n_cols, launch.block_cols)
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
@@ -294,6 +297,6 @@ def embedding_backward(
 
 def _by_position(dy: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The positions of tokens in order, and the tokens: those of each, of all sequences."""
-    token = torch.arange(dy.shape[0], device=dy.device).view(-1, length)
+    token = torch.arange(dy.shape[:-1].numel(), device=dy.device).view(-1, length)
     position = torch.arange(length, device=dy.device)[:, None].expand(length, token.shape[0])
     return position.flatten().contiguous(), token.t().flatten().contiguous()

@@ -173,40 +173,42 @@ def convolution_weight_kernel(
     if PACKED:
         tiles_across = tl.cdiv(n_cols, BLOCK_COLS)
     n_tiles = tiles_down * tiles_across
-    part = tl.program_id(0) // (n_tiles * n_groups)
-    group = tl.program_id(0) // n_tiles % n_groups
-    down = tl.program_id(0) % n_tiles // tiles_across
-    i, j, first, lane = tap_position(
-        tl.program_id(0) % tiles_across, n_channels, taps_w, PACKED, BLOCK_COLS
-    )
-    c = first + lane
-    k = down * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    known = (c < n_channels) & (i < taps_h)
-    dz_row = (group * n_outputs + k).to(tl.int64) * stride_dz_c
-    x_col = (group * n_channels + c).to(tl.int64) * stride_x_c
     out_type: tl.constexpr = tl.float64 if dz_ptr.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=out_type)
-    steps = tl.cdiv(n_places, BLOCK_INNER)
-    steps_a_part = tl.cdiv(steps, N_PARTS)
-    for step in tl.range(part * steps_a_part, tl.minimum((part + 1) * steps_a_part, steps)):
-        place = step * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
-        image, p, q = grid_position(place, grid_h, grid_w)
-        at_dz = image.to(tl.int64) * stride_dz_n + p.to(tl.int64) * stride_dz_h
-        at_dz += q.to(tl.int64) * stride_dz_w
-        mask = (k < n_outputs)[:, None] & (place < n_places)[None, :]
-        dz = tl.load(dz_ptr + dz_row[:, None] + at_dz[None, :], mask=mask, other=0.0)
-        ih = (p * stride_h + origin_h)[:, None] + along(i * spacing_h, 1, PACKED)
-        iw = (q * stride_w + origin_w)[:, None] + along(j * spacing_w, 1, PACKED)
-        inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
-        at_x = ih.to(tl.int64) * stride_x_h + iw.to(tl.int64) * stride_x_w + x_col[None, :]
-        at_x += (image.to(tl.int64) * stride_x_n)[:, None]
-        mask = (place < n_places)[:, None] & inside & known[None, :]
-        x = tl.load(x_ptr + at_x, mask=mask, other=0.0)
-        total = tl.dot(dz, x, total, input_precision=PRECISION, out_dtype=out_type)
-    row = (part.to(tl.int64) * n_groups + group) * n_outputs + k
-    col = (i * taps_w + j) * n_channels + c
-    tl.store(
-        partial_ptr + row[:, None] * n_cols + col[None, :],
-        total.to(partial_ptr.dtype.element_ty),
-        mask=(k < n_outputs)[:, None] & known[None, :],
-    )
+    # A loop, though a program seldom has more than one: without it, products wait for each other.
+    for work in tl.range(tl.program_id(0), n_tiles * n_groups * N_PARTS, tl.num_programs(0)):
+        part = work // (n_tiles * n_groups)
+        group = work // n_tiles % n_groups
+        down = work % n_tiles // tiles_across
+        i, j, first, lane = tap_position(
+            work % tiles_across, n_channels, taps_w, PACKED, BLOCK_COLS
+        )
+        c = first + lane
+        k = down * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        known = (c < n_channels) & (i < taps_h)
+        dz_row = (group * n_outputs + k).to(tl.int64) * stride_dz_c
+        x_col = (group * n_channels + c).to(tl.int64) * stride_x_c
+        total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=out_type)
+        steps = tl.cdiv(n_places, BLOCK_INNER)
+        steps_a_part = tl.cdiv(steps, N_PARTS)
+        for step in tl.range(part * steps_a_part, tl.minimum((part + 1) * steps_a_part, steps)):
+            place = step * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
+            image, p, q = grid_position(place, grid_h, grid_w)
+            at_dz = image.to(tl.int64) * stride_dz_n + p.to(tl.int64) * stride_dz_h
+            at_dz += q.to(tl.int64) * stride_dz_w
+            mask = (k < n_outputs)[:, None] & (place < n_places)[None, :]
+            dz = tl.load(dz_ptr + dz_row[:, None] + at_dz[None, :], mask=mask, other=0.0)
+            ih = (p * stride_h + origin_h)[:, None] + along(i * spacing_h, 1, PACKED)
+            iw = (q * stride_w + origin_w)[:, None] + along(j * spacing_w, 1, PACKED)
+            inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
+            at_x = ih.to(tl.int64) * stride_x_h + iw.to(tl.int64) * stride_x_w + x_col[None, :]
+            at_x += (image.to(tl.int64) * stride_x_n)[:, None]
+            mask = (place < n_places)[:, None] & inside & known[None, :]
+            x = tl.load(x_ptr + at_x, mask=mask, other=0.0)
+            total = tl.dot(dz, x, total, input_precision=PRECISION, out_dtype=out_type)
+        row = (part.to(tl.int64) * n_groups + group) * n_outputs + k
+        col = (i * taps_w + j) * n_channels + c
+        tl.store(
+            partial_ptr + row[:, None] * n_cols + col[None, :],
+            total.to(partial_ptr.dtype.element_ty),
+            mask=(k < n_outputs)[:, None] & known[None, :],
+        )

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 
+from gpunn.kernels.compiled import launch_compiled
+from gpunn.kernels.direct import directly
 from gpunn.kernels.interpreter import INTERPRETING, quiet_numpy
 
 Backend = Literal["auto", "kernels", "torch"]
@@ -209,21 +211,22 @@ def run(
     **constants: Any,
 ) -> None:
     """Launch ``kernel`` on the device and stream of its first tensor, and record it."""
-    keywords = {**constants, **launch.arguments()}
     if _capture is not None:
+        keywords = {**constants, **launch.arguments()}
         _capture[1].append(Call(kernel, grid, arguments, keywords, launch))
         return
     for record in _traces:
         record.launches.append(LaunchRecord(operator, kernel.__name__, grid, launch))
     if INTERPRETING:
         with quiet_numpy():
-            kernel[grid](*arguments, **keywords)
+            kernel[grid](*arguments, **constants, **launch.arguments())
         return
-    first = next(a for a in arguments if isinstance(a, torch.Tensor))
-    index = first.get_device()
-    switch = index >= 0 and index != torch.cuda.current_device()
-    with torch.cuda.device(index) if switch else nullcontext():
-        kernel[grid](*arguments, **keywords)
+    index = next(a for a in arguments if isinstance(a, torch.Tensor)).get_device()
+    if index == torch.cuda.current_device():
+        launch_compiled(kernel, grid, index, arguments, constants, launch)
+        return
+    with torch.cuda.device(index):
+        launch_compiled(kernel, grid, index, arguments, constants, launch)
 
 
 @torch.compiler.assume_constant_result
@@ -241,12 +244,12 @@ def _transform() -> str | None:
 
 
 def _refusal_of(tensor: torch.Tensor, also: Sequence[torch.dtype]) -> str | None:
-    kind = tensor.device.type
-    captures_it = kind == "meta" and _capture is not None
-    if (kind not in ("cpu", "cuda") and not captures_it) or torch.version.hip:
-        return f"{kind} tensor" + (" on ROCm" if torch.version.hip else "")
+    on_cuda = tensor.is_cuda
+    captures_it = _capture is not None and tensor.is_meta
+    if not (on_cuda or tensor.is_cpu or captures_it) or torch.version.hip:
+        return f"{tensor.device.type} tensor" + (" on ROCm" if torch.version.hip else "")
     if tensor.dtype not in _DTYPES and tensor.dtype not in also:
-        return f"no kernel for {tensor.dtype} on {kind}"
+        return f"no kernel for {tensor.dtype} on {tensor.device.type}"
     if tensor.is_nested or tensor.layout != torch.strided:
         return "nested tensor" if tensor.is_nested else f"{tensor.layout} tensor"
     if type(tensor) not in _PLAIN:
@@ -254,7 +257,7 @@ def _refusal_of(tensor: torch.Tensor, also: Sequence[torch.dtype]) -> str | None
     capability = None
     if captures_it:
         capability = device_of(tensor).capability
-    elif kind == "cuda":
+    elif on_cuda:
         capability = _capability(tensor.get_device())
     if capability is not None and capability < 80:
         return f"no kernel below compute capability 8.0, and this is {capability / 10}"
@@ -332,6 +335,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
         library.impl(name, launcher, "CUDA")
         torch.library.register_fake(f"gpunn::{name}", of_meta, lib=library)
         launchers[name] = launcher
-        return cast(Callable[P, R], getattr(torch.ops.gpunn, name).default)
+        op = getattr(torch.ops.gpunn, name).default
+        return cast(Callable[P, R], directly(op, launcher))
 
     return register

@@ -1,6 +1,6 @@
 """Launchers of layer normalisation and of that by the root mean square, and their gradients.
 
-x is (rows, columns), contiguous; statistics are float32 (of float64, float64).
+x is (*, columns), contiguous; statistics are float32 (of float64, float64).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gpunn.kernels.launch import Launch, cdiv, device_of, operator, run
+from gpunn.kernels.partial_sums import add_up
 from gpunn.kernels.philox import dropout_arguments
 from gpunn.kernels.rows import column_sums_kernel, row_norm_backward_kernel, row_norm_forward_kernel
 
@@ -40,6 +41,9 @@ ROWS = tuple(
 # where the second sweep finds them. Backward reads dy and s, and has one program a multiprocessor.
 LONG = RowLaunch(32, block_rows=1, block_cols=8192)
 COLUMNS = RowLaunch(8, block_rows=32, block_cols=128)
+STAGES, PROGRAMS = 2, 4
+"""Of the backward pass, rows of each operand on their way, with the one that is computed with, where
+a tile is a row (some of several rows spill); the programs of a multiprocessor that holds sums."""
 NAME, NAME_BACKWARD = "row_norm_forward", "row_norm_backward"
 
 
@@ -68,8 +72,8 @@ def _forward_fake(
     y = torch.empty_like(x, dtype=dtype)
     changed = residual is not None or seed is not None
     s = torch.empty_like(x) if keep and changed else x.new_empty((0,))
-    mean, invstd = (x.new_empty((x.shape[0],), dtype=wide(x)) for _ in range(2))
-    return y, s, mean, invstd
+    mean = x.new_empty((x.shape[:-1].numel(),), dtype=wide(x))
+    return y, s, mean, torch.empty_like(mean)
 
 
 @operator(
@@ -92,7 +96,7 @@ def row_norm_forward(
 ) -> tuple[torch.Tensor, ...]:
     """y = (s - mean) invstd weight + bias for s = dropout(x) + residual, s, mean and invstd.
 
-    x and residual (rows, columns), contiguous and of one type; weight and bias (columns,). s is
+    x and residual (*, columns), contiguous and of one type; weight and bias (columns,). s is
     written to ``keep`` it, and empty where it is x itself. Without ``centred``, mean is 0.
     """
     y, s, mean, invstd = _forward_fake(
@@ -100,7 +104,7 @@ def row_norm_forward(
     )
     if x.numel() == 0:
         return y, s, mean.zero_(), invstd.fill_(torch.nan)
-    n_rows, n_cols = x.shape
+    n_rows, n_cols = mean.shape[0], x.shape[-1]
     launch = launch_for(n_cols)
     run(
         NAME, row_norm_forward_kernel, (cdiv(n_rows, launch.block_rows),),
@@ -126,7 +130,7 @@ def _backward_fake(
 ) -> tuple[torch.Tensor, ...]:
     dx, dresidual = (torch.empty_like(s) if needed else s.new_empty((0,)) for needed in needs[:2])
     dweight, dbias = (
-        s.new_empty((s.shape[1] if needed else 0,), dtype=s.dtype if like is None else like.dtype)
+        s.new_empty((s.shape[-1] if needed else 0,), dtype=s.dtype if like is None else like.dtype)
         for needed, like in zip(needs[2:], (weight, bias), strict=True)
     )
     return dx, dresidual, dweight, dbias
@@ -159,7 +163,7 @@ def row_norm_backward(
         dy, s, weight, bias, mean, invstd, extra, seed, dropout_p, centred, needs
     )
     dx, dresidual, dweight, dbias = gradients
-    n_rows, n_cols = s.shape
+    n_rows, n_cols = mean.shape[0], s.shape[-1]
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     launch = launch_for(n_cols) if n_cols <= LONGEST_BACKWARD else LONG
@@ -168,7 +172,7 @@ def row_norm_backward(
     if launch == LONG:
         most = device_of(s).n_multiprocessors
     elif held and any(needs[2:]):
-        most = 4 * device_of(s).n_multiprocessors  # enough loads in flight; not measured
+        most = PROGRAMS * device_of(s).n_multiprocessors
     n_programs = min(cdiv(n_rows, launch.block_rows), most)
     sums = [
         s.new_empty((n_programs, n_cols), dtype=wide(s)) if n and held else None for n in needs[2:]
@@ -180,12 +184,13 @@ def row_norm_backward(
             dx if needs[0] else None, dresidual if needs[1] else None, *sums,
             n_rows, n_cols, *dropout_arguments(dropout_p or 1.0), launch=launch, CENTRED=centred,
             QUADS=n_cols % 4 == 0, ONE_PASS=n_cols <= launch.block_cols,
+            STAGES=STAGES if launch.block_rows == 1 else 1,
         )  # fmt: skip
     if not held and any(needs[2:]):
         sums = _column_sums(dy, s, mean, invstd, needs[2:])
     for gradient, partial in zip((dweight, dbias), sums, strict=True):
         if partial is not None:
-            gradient.copy_(partial.sum(0))
+            add_up(partial, gradient)
     return gradients
 
 
@@ -197,7 +202,7 @@ def _column_sums(
     needs: Sequence[bool],
 ) -> list[torch.Tensor | None]:
     """Partial sums for weight and bias, of rows that are too long to hold."""
-    n_rows, n_cols = s.shape
+    n_rows, n_cols = mean.shape[0], s.shape[-1]
     across = cdiv(n_cols, COLUMNS.block_cols)
     wanted = max(1, 4 * device_of(s).n_multiprocessors // across)
     rows_a_program = cdiv(cdiv(n_rows, wanted), COLUMNS.block_rows) * COLUMNS.block_rows

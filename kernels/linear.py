@@ -15,12 +15,15 @@ from torch.utils.flop_counter import register_flop_formula
 from gpunn.kernels.activation import ACTIVATIONS, gradient_functions
 from gpunn.kernels.launch import cdiv, device_of, operator, run
 from gpunn.kernels.matmul import epilogue_backward_kernel
+from gpunn.kernels.partial_sums import add_up
 from gpunn.kernels.philox import dropout_arguments
 from gpunn.kernels.product import EPILOGUE_LAUNCH, Epilogue, product
 
 
 def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     """(*, n) as (rows, n): a view where the strides allow one."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
@@ -143,7 +146,7 @@ def linear_epilogue_backward(
         dropout_p,
         gradient_functions(activation, parameters),
     )
-    return dz, dbias if sums is None else dbias.copy_(sums.sum(0))
+    return dz, dbias if sums is None else add_up(sums, dbias)
 
 
 def _epilogue_backward(

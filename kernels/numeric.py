@@ -47,6 +47,26 @@ def expm1(x):
 
 
 @triton.jit
+def normal_cdf(x):
+    """Φ(x), the standard normal distribution, and exp(-x²/2).
+
+    Below 0 as exp(-x²/2) times a polynomial in t = 1 / (1 + 0.305 |x|), the form of Abramowitz and
+    Stegun's 7.1.26, its eight coefficients fitted for the least relative error from -13.5 to 0:
+    1e-7, so that the tail keeps its digits, in two thirds of the instructions that erf takes.
+    """
+    if x.dtype == tl.float64:
+        cdf, bell = 0.5 * (1 + tl.erf(x * 0.70710678118654752440)), tl.exp(x * x * -0.5)
+    else:
+        bell = tl.exp2(x * x * -0.72134752044448170)
+        t = 1 / (1 + 0.305 * tl.abs(x))
+        tail = 0.185713628 + t * (-0.152986367 + t * 0.0366987109)
+        tail = 0.103421329 + t * (0.121020138 + t * (-0.0379738736 + t * tail))
+        tail = bell * (t * (0.121639738 + t * (0.122466743 + t * tail)))
+        cdf = tl.where(x < 0, tail, 1 - tail)
+    return cdf, bell
+
+
+@triton.jit
 def artanh_small(x, N_TERMS: tl.constexpr):
     """artanh(x) = x + x³ / 3 + x⁵ / 5 + …"""
     z = x * x
@@ -66,3 +86,15 @@ def log1p_unit(x):
     if x.dtype == tl.float64:
         return tl.where(x < 0.5, 2 * artanh_small(s, 12), tl.log(1 + x))
     return 2 * artanh_small(s, 7)
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp_or_0(x):
+    """exp(x), 0 where that is less than 2^-126 in float32: tl.exp spends three instructions on it.
+
+    The difference from a maximum is to be taken before: the product rounds it relatively.
+    """
+    return tl.exp2(x * LOG2_E)

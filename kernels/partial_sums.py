@@ -50,6 +50,13 @@ def sum_parts_kernel(
     tl.store(sum_ptr, result.to(sum_ptr.dtype.element_ty))
 
 
+def add_up(parts: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """``result``, which becomes the sum over the first dimension of ``parts``."""
+    if parts.dtype == result.dtype:
+        return torch.sum(parts, 0, out=result)
+    return result.copy_(parts.sum(0))
+
+
 def parts_for(result: torch.Tensor, n_parts: int) -> torch.Tensor:
     """Where programs leave their numbers: one writes the result itself."""
     wide = torch.promote_types(result.dtype, torch.float32)

@@ -219,11 +219,11 @@ def product(name: str, a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> 
         Product(n_rows, n_cols, n_inner, a.dtype, precision, by_descriptor, has_dropout, device)
     )
     if launch.split_inner == 1:
-        multiply(name, a, b, epilogue, launch)
+        multiply(name, a, b, epilogue, launch, layouts)
         return
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     partials = a.new_empty((launch.split_inner, n_rows, n_cols), dtype=wide)
-    multiply(name, a, b, Epilogue(partials), launch)
+    multiply(name, a, b, Epilogue(partials), launch, layouts)
     finish(name, partials, epilogue)
 
 
@@ -246,13 +246,18 @@ def library_is_faster(
 
 
 def multiply(
-    name: str, a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue, launch: MatmulLaunch
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    epilogue: Epilogue,
+    launch: MatmulLaunch,
+    layouts: tuple[str, str] | None = None,
 ) -> None:
-    """Launch ``matmul_kernel``."""
+    """Launch ``matmul_kernel``; ``layouts`` are those of a and b, where they are known."""
     (n_rows, n_inner), n_cols, device = a.shape, b.shape[0], device_of(a)
     n_tiles = cdiv(n_rows, launch.block_rows) * cdiv(n_cols, launch.block_cols)
     n_programs = min(n_tiles * launch.split_inner, device.n_multiprocessors)
-    a_layout, b_layout = layout_of(a, device), layout_of(b, device)
+    a_layout, b_layout = layouts or (layout_of(a, device), layout_of(b, device))
     run(
         name,
         matmul_kernel,

@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -238,6 +238,14 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
+@contextmanager
+def conditions(case: Case) -> Iterator[None]:
+    """The settings under which a case is compiled and timed."""
+    # Compiled backwards may otherwise overwrite what a kept graph needs once more.
+    with case.settings(), torch._functorch.config.patch(donated_buffer=False):
+        yield
+
+
 def measure(case: Case, roof: Roof, seconds: float) -> list[Row]:
     """Time one case: a row, and another in a CUDA graph where launching may take longest."""
     device = require_gpu()
@@ -246,10 +254,8 @@ def measure(case: Case, roof: Roof, seconds: float) -> list[Row]:
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     n = n_sets(sum(tensor.nbytes for tensor in first), cache_bytes)
     sets = [first, *(case.make(device, case.dtype, seed) for seed in range(1, n))]
-    # Compiled backwards may otherwise overwrite what a kept graph needs once more.
-    keep_buffers = torch._functorch.config.patch(donated_buffer=False)
     rows = []
-    with case.settings(), keep_buffers:
+    with conditions(case):
         match = Match(case, sets)
         for graph in [False, True] if case.launch_bound else [False]:
             row = Row.of(case, graph, roof=roof.microseconds(case))
@@ -279,19 +285,22 @@ def bench(
     seconds: float,
     progress: Callable[[str], None] = lambda line: None,
     keep: Callable[[Results], None] = lambda results: None,
+    green: Mapping[str, bool] | None = None,
 ) -> Results:
     """Measure the cases of these ops within about so many seconds; a row for every case.
 
     Cases of an op whose check is not green, and those that time ran out for, get rows that say so.
-    ``keep`` is given what there is after every case, so that nothing is lost if the end is not met.
+    ``green`` are the checks that were made before. ``keep`` is given what there is after every
+    case, so that nothing is lost if the end is not met.
     """
     from gpunn.check import is_green
 
     require_gpu()
-    started = time.perf_counter()
+    started, known = time.perf_counter(), green or {}
     results, waiting = Results(), []
     for op in ops:
-        red = [part for part in CHECKED_AS.get(op, (op,)) if not is_green(part)]
+        parts = CHECKED_AS.get(op, (op,))
+        red = [part for part in parts if not (known[part] if part in known else is_green(part))]
         if not red:
             waiting += CASES[op]
         else:

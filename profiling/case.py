@@ -21,6 +21,11 @@ import torch
 
 from gpunn.kernels.launch import Call, Device, backend, captured
 
+ACROSS_THE_KINK = 5e-2
+"""Tolerance of gradients through a relu before which PyTorch rounds to 16 bits and we do not.
+
+Elements near 0 come to lie on its other side: 2 to 3 % of the norm, as measured on an H200.
+"""
 Tensors = tuple[torch.Tensor, ...]
 Function = Callable[..., torch.Tensor]
 Mode = Literal["forward", "backward", "step"]

@@ -24,6 +24,7 @@ from gpunn.kernels.nvrtc import NoCompilerError
 from gpunn.profiling.bench import bench, described, why_not_here
 from gpunn.profiling.case import Case
 from gpunn.profiling.cases import CASES
+from gpunn.profiling.preparation import prepare
 from gpunn.profiling.results import (
     SHORT,
     TIME_RAN_OUT,
@@ -39,6 +40,8 @@ from gpunn.profiling.static_report import MULTIPROCESSORS, Report, chip, report
 
 STATIC_SHARE = 0.3
 """Of the time, for the static report where there is a GPU to measure on."""
+PREPARATION_SHARE = 0.5
+"""Of what is then left, at most, for checking and compiling."""
 MOST_WORKERS = 4
 
 
@@ -116,8 +119,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     results = Results()
     if reason is None:
-        left = arguments.seconds - (time.perf_counter() - started)
-        results = bench(ops, left, _progress, keep)
+
+        def left() -> float:
+            return float(arguments.seconds - (time.perf_counter() - started))
+
+        green = prepare(ops, left() * PREPARATION_SHARE, _progress)
+        results = bench(ops, left(), _progress, keep, green)
         print(f"\n{_roof_line(results.roof)}\n\n{speed_table(results.rows)}")
     elif not arguments.no_speed:
         print(f"\nspeed: not measured: {reason}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import gpunn.functional as GF
 from gpunn.functional.activation import TORCH
-from gpunn.profiling.case import Case, Mode, Tensors, normal
+from gpunn.profiling.case import ACROSS_THE_KINK, Case, Mode, Tensors, normal
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Convolution:
             ).case,
             mode=self.mode,
             wanted=self.wanted,
+            tolerance=ACROSS_THE_KINK if self.activation and self.wanted else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""A GPU machine's whole programme within a time budget: every test, then the benchmark.
+"""A GPU machine's programme within a time budget: the tests of kernels, then the benchmark.
 
 ``make gpu`` installs the package and calls this from the root of a checkout. The tests may take
 ``TESTS_SHARE`` of the time that is left, the benchmark what then remains; each is stopped at its
@@ -33,7 +33,12 @@ import torch
 
 FILES = ("tests.log", "benchmark.log", "benchmark.json", "summary.json")
 PACKAGES = ("torch", "triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")
-N_WORKERS = 8
+N_WORKERS = min(16, os.cpu_count() or 8)
+SAME_EVERYWHERE = (
+    "compiles", "architecture", "reference", "packaging", "host", "host_build", "machine_code",
+    "interpreter", "closeness", "demo", "examples", "checkpoint",
+)  # fmt: skip
+"""Files of tests that run no kernel on a GPU, or none at all: they are left to CI."""
 N_FAILURES_SHOWN, N_TABLE_LINES = 20, 60
 
 # How the time is shared out, in seconds but for the first.
@@ -73,14 +78,15 @@ class TestCounts:
 
 
 def tests_command() -> list[str]:
-    """The whole suite, in parallel, one line a test."""
+    """All that runs kernels on a GPU, in parallel, one line a test."""
     options = ["-n", str(N_WORKERS), "--timeout=120", "-v", "--tb=short", "-rfEs"]
+    options += [f"--ignore=tests/test_{name}.py" for name in SAME_EVERYWHERE]
     return [sys.executable, "-m", "pytest", *options]
 
 
 def benchmark_command(seconds: float, results: Path) -> list[str]:
     """Every operator's benchmark, spread over so many seconds."""
-    options = ["--all", "--seconds", str(int(seconds)), "--json", str(results)]
+    options = ["--all", "--no-static", "--seconds", str(int(seconds)), "--json", str(results)]
     return [sys.executable, "-m", "gpunn", "profile", *options]
 
 

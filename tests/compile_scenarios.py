@@ -20,7 +20,7 @@ from cross_entropy_scenarios import cross_entropy_scenarios
 from cuda_scenarios import cuda_scenarios
 from embedding_scenarios import embedding_scenarios
 from gpunn.functional.glu import GATES
-from gpunn.kernels import glu, launch, product
+from gpunn.kernels import convolve, glu, launch, product
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import launchers
 from gpunn.kernels.product import Epilogue, MatmulLaunch
@@ -133,7 +133,7 @@ def _finish(n_parts: int, activation: str) -> None:
 def _linear_scenarios() -> dict[str, Scenario]:
     found = {
         f"epilogue-{parts}-{activation}": Scenario(partial(_finish, parts, activation))
-        for parts in (1, 2, product.MOST_PARTS)
+        for parts in (1, 2, convolve.MOST_PARTS)
         for activation in HEAVY["all"]
     }
     y, seed = meta(SIZE, SIZE), meta(1, dtype=torch.int64)

@@ -47,12 +47,22 @@ def _same_numbers_each_time() -> None:
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Uninitialised memory is NaN (integers: their largest), so an unwritten element shows."""
-    torch.use_deterministic_algorithms(True)
+    # On a GPU some of PyTorch's own, which tests compare with, have no deterministic version.
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     previous = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.utils.deterministic.fill_uninitialized_memory = previous  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> Iterator[None]:
+    """Products of float32 are not TF32's, which a GPU's convolutions are unless they are told."""
+    from gpunn.checks.comparison import full_precision
+
+    with full_precision():
+        yield
 
 
 @pytest.fixture(autouse=True)

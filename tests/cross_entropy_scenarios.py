@@ -12,13 +12,16 @@ from scenario import Scenario
 
 
 def _cross_entropy(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
-    """Forward and backward; "plain", or with all that there is, of classes or probabilities."""
+    """Forward and backward; "plain", or with all that there is, of classes or probabilities.
+
+    "shares" are probabilities with nothing else.
+    """
     rows = shape[0], *shape[2:]
     x, target = meta(*shape, dtype=dtype), meta(*rows, dtype=torch.int64)
     weight, smoothing = None, 0.0
-    if kind != "plain":
+    if kind in ("classes", "probabilities"):
         weight, smoothing = meta(shape[1], dtype=dtype), 0.1
-    target = meta(*shape, dtype=dtype) if kind == "probabilities" else target
+    target = meta(*shape, dtype=dtype) if kind in ("probabilities", "shares") else target
     loss, *kept = launchers["cross_entropy_forward"](x, target, weight, -100, smoothing)
     launchers["cross_entropy_with_gradient"](x, target, weight, -100, smoothing, True)
     launchers["cross_entropy_backward"](loss, x, target, weight, *kept, -100, smoothing)
@@ -40,9 +43,9 @@ def cross_entropy_scenarios() -> dict[str, Scenario]:
         if kind != "plain":  # the longest rows that stand in registers
             row = partial(_cross_entropy, (4096, 8192), torch.float32, kind)
             found[f"cross-entropy-row-{kind}"] = Scenario(row, capabilities=(90,))
-    found["cross-entropy-few"] = Scenario(
-        partial(_cross_entropy, (4096, 10), torch.bfloat16, "classes"), capabilities=(90,)
-    )
+    for kind in ("classes", "shares"):
+        few = partial(_cross_entropy, (4096, 10), torch.bfloat16, kind)
+        found[f"cross-entropy-few-{kind}"] = Scenario(few, capabilities=(90,))
     dx, number = meta(4096, 4096), meta(dtype=torch.float32)
     scale = partial(launchers["cross_entropy_scale_gradient"], dx, number)
     found["cross-entropy-scale"] = Scenario(scale, wide_only=True, narrow_allowed=1)

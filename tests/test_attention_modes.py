@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpunn
 import gpunn.functional as GF
+from gpunn.checks.comparison import any_algorithm
 from gpunn.functional.attention_arguments import Given, Rules, composed
 from gpunn.kernels import attention, launch
 from gpunn.kernels.attention_tiles import (
@@ -74,8 +75,9 @@ def test_only_what_is_wanted_is_computed(wanted: tuple[int, ...], device: str) -
     kernels = ["forward", "query_gradient", *sorted({names[i] for i in wanted})]
     launched_kernels = Counter(record.kernel for record in trace.launches)
     assert launched_kernels == Counter(f"attention_{name}_kernel" for name in kernels)
-    theirs = F.scaled_dot_product_attention(query, key, value, mask)
-    expected = torch.autograd.grad(theirs, [leaves[i] for i in wanted], dy)
+    with any_algorithm():
+        theirs = F.scaled_dot_product_attention(query, key, value, mask)
+        expected = torch.autograd.grad(theirs, [leaves[i] for i in wanted], dy)
     for mine, torchs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-5)
 

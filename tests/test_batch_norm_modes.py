@@ -123,10 +123,11 @@ def test_under_autocast_the_dtype_is_inputs(lower: torch.dtype, device: str) -> 
 
 def test_a_residual_of_another_dtype_is_torchs_sum(device: str) -> None:
     x, weight, bias, residual = operands(device)
+    lower = residual.bfloat16()
     with gpunn.trace() as trace:
-        y = call(x, weight, bias, residual.double())
-    agree(y, by_torch(x, weight, bias, residual.double()), [x, weight, bias, residual])
-    assert [f.reason for f in trace.fallbacks] == ["a residual in torch.float64: PyTorch's sum"]
+        y = call(x, weight, bias, lower)
+    agree(y, by_torch(x, weight, bias, lower), [x, weight, bias, residual])
+    assert [f.reason for f in trace.fallbacks] == ["a residual in torch.bfloat16: PyTorch's sum"]
 
 
 def test_auto_fuses_what_there_is_to_fuse(device: str) -> None:

@@ -108,6 +108,32 @@ def test_an_empty_folder_has_none(checkpoint: ModuleType, tmp_path: Path) -> Non
     assert checkpoint.Checkpoints(tmp_path / "nowhere").load() is None
 
 
+def test_a_journal_keeps_its_parts(checkpoint: ModuleType, tmp_path: Path) -> None:
+    """What was done and what was begun; a run with other options cannot have them."""
+    journal = checkpoint.Journal(tmp_path, {"seed": 1})
+    assert journal.resume() == f"No checkpoint in {tmp_path}: from the beginning"
+    journal.part("first").keep({"x": torch.ones(2)})
+    journal.part("second").keep({"step": 1})
+    journal.part("second").keep({"step": 2})
+    resumed = checkpoint.Journal(tmp_path, {"seed": 1})
+    assert resumed.part("first").state is None
+    assert resumed.resume() == f"Going on from {tmp_path / 'checkpoint-000003.pt'}"
+    assert torch.equal(resumed.part("first").state["x"], torch.ones(2))
+    assert resumed.part("second").state == {"step": 2}
+    other = checkpoint.Journal(tmp_path, {"seed": 2})
+    with pytest.raises(checkpoint.ResumeError, match="has seed = 1, this run 2"):
+        other.resume()
+    assert other.parts == {}
+
+
+def test_a_digest_is_of_values(checkpoint: ModuleType) -> None:
+    """Whatever their strides; of all tensors, to the last value."""
+    x = torch.arange(6.0).view(2, 3)
+    other = x + torch.tensor([[0.0] * 3, [0.0, 0.0, 1.0]])
+    assert checkpoint.digest([x.T]) == checkpoint.digest([x.T.contiguous()])
+    assert len({checkpoint.digest(given) for given in ([x], [x, x], [other])}) == 3
+
+
 def assert_same_training(got: Any, expected: Any) -> None:
     """Weights, moments and curve, bit for bit; the curve's first training loss is NaN in both."""
     state, exact = got.state(), expected.state()
@@ -168,7 +194,7 @@ def test_from_the_checkpoint_before_a_damaged_one(
 
 
 def test_a_run_with_other_options_is_refused(
-    small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Any, checkpoint: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with gpunn.backend("torch"):
         small.trained(small.options(tmp_path, 2, {}))
@@ -177,7 +203,7 @@ def test_a_run_with_other_options_is_refused(
             ("pair = en-de, this run en-fr", {"pair": "en-fr"}),
         ):
             given: Any = small.options(tmp_path, 4, {}, resume=True, **changes)
-            with pytest.raises(small.training.ResumeError, match=f"--resume: .*{name}"):
+            with pytest.raises(checkpoint.ResumeError, match=f"--resume: .*{name}"):
                 small.trained(given)
         small.trained(small.options(tmp_path / "none", 1, {}, resume=True))
     assert "from the beginning" in capsys.readouterr().err

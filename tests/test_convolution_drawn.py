@@ -296,10 +296,10 @@ def outcome(function: Any, given: dict[str, Any]) -> Any:
         return error
 
 
-def assert_as_torchs(problem: Problem, name: str, change: Any) -> bool:
+def assert_as_torchs(problem: Problem, name: str, change: Any, device: str) -> bool:
     """Whether torch refuses the changed call; ours does then, and only then."""
     draw = torch.Generator().manual_seed(20240229)
-    given: dict[str, Any] = {k: v.float() for k, v in problem.tensors(draw).items()}
+    given: dict[str, Any] = {k: v.float().to(device) for k, v in problem.tensors(draw).items()}
     given |= problem.arguments
     given[name] = change(given[name]) if callable(change) else change
     theirs, ours = (outcome(getattr(module, problem.name), given) for module in (F, GF))
@@ -315,14 +315,14 @@ def assert_as_torchs(problem: Problem, name: str, change: Any) -> bool:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, of its padded copy
 @pytest.mark.parametrize("chunk", range(N_CHUNKS))
-def test_refuses_what_torch_refuses(chunk: int) -> None:
+def test_refuses_what_torch_refuses(chunk: int, device: str) -> None:
     """And nothing else."""
     refused = []
 
     @drawing(chunk, N_REFUSALS)
     @given(call=spoiled())
     def refuses(call: tuple[Problem, str, Any]) -> None:
-        refused.append(assert_as_torchs(*call))
+        refused.append(assert_as_torchs(*call, device))
 
     refuses()
     assert sum(refused) > N_REFUSALS / 3

@@ -88,10 +88,10 @@ def test_no_more_than_torch_needs(name: str, device: str, monkeypatch: pytest.Mo
         y = F.relu(theirs(*given, **arguments))
         return y, torch.autograd.grad(y, given, dy)
 
+    least = 2 * dy.nbytes + sum(tensor.nbytes for tensor in given)
     if device == "cuda":
-        assert peak_on_cuda(by_gpunn) <= peak_on_cuda(by_torch)
+        assert peak_on_cuda(by_gpunn) <= max(peak_on_cuda(by_torch), 1.01 * least)
         return
     monkeypatch.setattr(launch, "_capture", (chip(90), Nowhere()))
-    least = 2 * dy.nbytes + sum(tensor.nbytes for tensor in given)
     found = peak_on_cpu(by_gpunn)
     assert least <= found <= 1.01 * least, f"{found:,} bytes, where torch needs {least:,}"

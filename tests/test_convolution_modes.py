@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import gpunn
 import gpunn.functional as GF
+from gpunn.kernels import convolve
 from gpunn.kernels.interpreter import INTERPRETING
 from kit import launched
 
@@ -179,9 +180,15 @@ def test_backends(device: str) -> None:
     ids=["taps together", "taps apart", "groups", "groups of one"],
 )
 def test_a_weights_gradient_in_uneven_parts(
-    n_channels: int, n_outputs: int, kernel: tuple[int, int], groups: int, n_tiles: int
+    n_channels: int,
+    n_outputs: int,
+    kernel: tuple[int, int],
+    groups: int,
+    n_tiles: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The places are no multiple of what a part takes: the last part has fewer."""
+    monkeypatch.setattr(convolve, "MOST_PARTS", 2)
     x = torch.randn(1, n_channels, 17, 17)
     weight = torch.randn(n_outputs, n_channels // groups, *kernel, requires_grad=True)
     with gpunn.trace() as trace:
@@ -232,6 +239,7 @@ def test_auto_leaves_long_sums_and_bare_products_to_torch(
 ) -> None:
     """240 channels times 9 taps; the kernels' epilogue follows, and its backward precedes."""
     torch.manual_seed(0)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
     channels = (240, 16) if "transpose" in name else (16, 240)
     shapes = [(1, 240, 4, 3), (*channels, 3, 3), (16,), (1, 16, 4, 3)]
     tensors = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]

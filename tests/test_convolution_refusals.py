@@ -90,7 +90,11 @@ def test_a_residual_is_not_broadcast(shape: tuple[int, ...], choice: Backend, de
     ],
 )
 def test_what_is_not_of_its_type_is_refused(
-    change: dict[str, Any], kind: type[Exception], message: str
+    change: dict[str, Any], kind: type[Exception], message: str, device: str
 ) -> None:
+    given: dict[str, Any] = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in {**DEFAULTS["conv2d"], **change}.items()
+    }
     with pytest.raises(kind, match=message):
-        GF.conv2d(**{**DEFAULTS["conv2d"], **change})
+        GF.conv2d(**given)

@@ -20,8 +20,9 @@ from kit import as_numpy, launched
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-SHARED = ("attention_pictures", "checkpoint", "command_line", "gan_training", "processes",
-          "translation_data", "translation_training")  # fmt: skip
+SHARED = ("attention_pictures", "checkpoint", "command_line", "feature_networks", "gan_training",
+          "image_optimisation", "photographs", "processes", "translation_data",
+          "translation_training")  # fmt: skip
 DEMOS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in SHARED)
 PACKAGES = ("sklearn", "matplotlib", "rich")
 PICTURES = ("learning_curve.png", "confusion_matrix.png", "wrong_answers.png")

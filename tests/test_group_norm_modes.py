@@ -221,7 +221,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "a short weight": ("group_norm", {"weight": torch.ones(5)}, RuntimeError, "weight"),
     "a square weight": ("group_norm", {"weight": torch.ones(2, 3)}, RuntimeError, "weight"),
     "a long bias": ("group_norm", {"bias": torch.ones(7)}, RuntimeError, "bias"),
-    "a wide weight": ("group_norm", {"weight": torch.ones(6).double()}, RuntimeError, "weight"),
+    "a weight of another dtype": (
+        "group_norm", {"weight": torch.ones(6).half()}, RuntimeError, "weight"
+    ),
     "no tensor": ("group_norm", {"weight": 1.0}, TypeError, "weight"),
     "one position": ("instance_norm", {"input": X[:, :, :1]}, ValueError, "more than 1 spatial"),
     "no positions": ("instance_norm", {"input": X[0]}, ValueError, "more than 1 spatial"),

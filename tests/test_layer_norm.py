@@ -217,9 +217,10 @@ def test_constant_rows_and_rows_of_one(name: str, device: str) -> None:
 @each_norm
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_stay_in_their_row(name: str, value: float, device: str) -> None:
-    x = torch.randn(3, 9, device=device)
+    x = torch.randn(3, 9)
     x[1, 2] = value
-    y, expected = call(name, GF, x, None, None), call(name, F, x, None, None)
+    y = call(name, GF, x.to(device), None, None).cpu()
+    expected = call(name, F, x, None, None)  # a GPU's rms_norm makes all of an infinite row NaN
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert y[[0, 2]].isfinite().all()
 

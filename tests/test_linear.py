@@ -28,7 +28,7 @@ def operands(
 ) -> list[torch.Tensor]:
     """x, weight, bias, residual and an upstream gradient, all random."""
     shapes = [(n_rows, n_inner), (n_cols, n_inner), (n_cols,), (n_rows, n_cols), (n_rows, n_cols)]
-    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    return [torch.randn(shape).to(device, dtype) for shape in shapes]
 
 
 def assert_right(

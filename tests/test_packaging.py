@@ -64,7 +64,7 @@ def shipped() -> set[str]:
     return {
         f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, place in places.items()
-        for pattern in ("*.py", "*.cu", "*.h", "py.typed")
+        for pattern in ("*.py", "*.cu", "*.h", "data/*", "py.typed")
         for path in (ROOT / folder).rglob(pattern)
     }
 

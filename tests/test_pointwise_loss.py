@@ -240,7 +240,9 @@ def test_infinities_and_nans(loss: str, device: str) -> None:
     """As torch's; of bce, where it has NaN, or a limit of what was computed."""
     name, arguments, _ = CALLS[loss]
     special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0, -1.0, 0.5])
-    if loss != "bce_with_logits":  # of which torch's larger terms overflow where ours do not
+    # Of bce torch's larger terms overflow where ours do not; of kl_div, whichever terms a fused
+    # multiply-add does not round.
+    if loss not in ("bce_with_logits", "kl_div"):
         special = torch.cat([special, torch.tensor([3e38, -3e38])])
     x, y = torch.cartesian_prod(special, special).to(device).unbind(1)
     got = value_and_gradients(getattr(GF, name), x, y, reduction="none", **arguments)
@@ -297,12 +299,19 @@ def test_mixed_dtypes(name: str, dtype: torch.dtype, of_target: torch.dtype, dev
     """The types of the result and of the gradients are torch's; huber has none of this."""
     if name == "huber_loss" and dtype != of_target:
         with gpunn.trace() as trace:
-            GF.huber_loss(torch.ones(2, dtype=dtype), torch.ones(2, dtype=of_target))
+            x, y = (torch.ones(2, device=device, dtype=d) for d in (dtype, of_target))
+            GF.huber_loss(x, y)
         assert [r.reason for r in trace.fallbacks] == ["arguments that PyTorch may refuse"]
         return
     x, y = torch.rand(9, device=device).to(dtype), torch.rand(9, device=device).to(of_target)
     ours = value_and_gradients(getattr(GF, name), x, y)
-    theirs = value_and_gradients(getattr(F, name), x, y)
+    try:
+        theirs = value_and_gradients(getattr(F, name), x, y)
+    except RuntimeError:  # torch 2.11 has no gradient of an mse_loss of two dtypes
+        assert name == "mse_loss"
+        wide = value_and_gradients(getattr(F, name), x.float(), y.float())
+        theirs = [wide[0].to(ours[0].dtype), wide[1].to(dtype), wide[2].to(of_target)]
+        assert ours[0].dtype == getattr(F, name)(x, y).dtype
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-3)
 

@@ -19,7 +19,7 @@ import gpunn
 import gpunn.functional as GF
 import gpunn.nn
 from closeness import assert_accurate
-from gpunn.checks.comparison import any_algorithm
+from gpunn.checks.comparison import any_algorithm, on_cpu
 from gpunn.checks.pooling import CASES, exact
 from kit import as_numpy, check_gradients, each_dtype, launched, layouts
 
@@ -62,7 +62,7 @@ def assert_both_accurate(case: str, x: torch.Tensor, dy: torch.Tensor, what: str
         y, dx = value_and_gradient(ours, x, dy)
     launched(trace, *launches_of(name))
     with any_algorithm():
-        torch_y, torch_dx = value_and_gradient(theirs, x, dy)
+        torch_y, torch_dx = value_and_gradient(on_cpu(theirs), x, dy)
     exact_y, exact_dx, _ = exact(name, arguments, as_numpy(x), as_numpy(dy))
     assert_accurate(y, exact_y, torch_y, f"y {what}")
     assert_accurate(dx, exact_dx, torch_dx, f"dx {what}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Array = NDArray[np.float64]
 Comparison = tuple[str, torch.Tensor, Array, torch.Tensor]
@@ -43,14 +45,43 @@ def drawn(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor
 def any_algorithm() -> Iterator[None]:
     """Lets PyTorch compute what it refuses to under ``use_deterministic_algorithms``.
 
-    On a GPU that is its gradient of a pooling, among others.
+    On a GPU that is its gradient of a pooling, among others. Its attention is the one that is a
+    plain formula: of its fused ones, some refuse what is not aligned, and give rows of which all
+    is ruled out a value.
     """
     wanted = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.use_deterministic_algorithms(wanted)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products and convolutions of float32 in float32, and not in TF32, for the block."""
+    settings: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    previous = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, previous, strict=True):
+            setting.fp32_precision = precision
+
+
+def on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function of tensors, computed on the CPU: the baseline where PyTorch's on a GPU is wrong.
+
+    Its gradient of an average over windows of channels_last images is, in PyTorch 2.11.
+    """
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        return function(*(t.cpu() for t in tensors)).to(tensors[0].device)
+
+    return call
 
 
 def compare(

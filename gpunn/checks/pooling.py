@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import gpunn.functional as GF
-from gpunn.checks.comparison import Array, Check, Comparison, compare, drawn
+from gpunn.checks.comparison import Array, Check, Comparison, compare, drawn, on_cpu
 from gpunn.reference import pooling
 
 # The function, the shape of the input, the other arguments.
@@ -117,7 +117,7 @@ def check_pooling(
     ours, theirs = (
         functools.partial(getattr(functions, name), **arguments) for functions in (GF, F)
     )
-    return compare(ours, theirs, truth, [x])
+    return compare(ours, on_cpu(theirs), truth, [x])
 
 
 def check_unpooling(n: int, dtype: torch.dtype, device: str) -> list[Comparison]:
@@ -139,7 +139,7 @@ def check_unpooling(n: int, dtype: torch.dtype, device: str) -> list[Comparison]
         y = pooling.max_unpool_forward(x, places, size)
         return {"y": y, "dx": pooling.max_unpool_backward(dy, places)}
 
-    return compare(ours, theirs, truth, [x])
+    return compare(ours, on_cpu(theirs), truth, [x])
 
 
 CHECKS = [

@@ -131,8 +131,11 @@ def scaled_dot_product_attention(
     https://arxiv.org/abs/2307.08691.
     """
     attn_mask, is_causal, corner = of_causal_bias(attn_mask, is_causal, alignment)
-    tensors = {"query": query, "key": key, "value": value}
-    if not all(is_tensor("attention", tensor, name) for name, tensor in tensors.items()):
+    if not (
+        is_tensor("attention", query, "query")
+        and is_tensor("attention", key, "key")
+        and is_tensor("attention", value, "value")
+    ):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -163,6 +166,6 @@ def scaled_dot_product_attention(
         query, key, value = query.float(), key.float(), value.float()
     given = of_four_dimensions(query, key, value, attn_mask, alibi_slopes, leading)
     y, lse = attend(given, rules, ours)
-    y = y.to(dtype)
-    y = y.reshape(*leading, *y.shape[-2:])
+    y = y if y.dtype == dtype else y.to(dtype)
+    y = y if len(leading) == 2 else y.reshape(*leading, *y.shape[-2:])
     return (y, lse().reshape(y.shape[:-1])) if return_lse else y

@@ -165,6 +165,8 @@ def leading_shape(
 def _with_heads(tensor: torch.Tensor, leading: tuple[int, ...], n_heads: int) -> torch.Tensor:
     """(batch, n_heads, rows, columns), a view where the strides allow one."""
     batches = leading[:-1]
+    if tensor.dim() == 4 and tensor.shape[:2] == (*batches, n_heads):
+        return tensor
     if tensor.dim() == 2:
         tensor = tensor[None]
     wide = tensor.expand(*batches, n_heads, *tensor.shape[-2:])

@@ -43,6 +43,11 @@ def check_arguments(dropout_p: object, **tensors: object) -> None:
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
+def as_vector(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements in one dimension, contiguous: the tensor itself, if it is that."""
+    return (tensor if tensor.dim() == 1 else tensor.reshape(-1)).contiguous()
+
+
 def autocast_is_on(tensor: torch.Tensor) -> bool:
     """Whether autocast is enabled for the tensor's device."""
     if tensor.is_cpu or tensor.is_cuda:

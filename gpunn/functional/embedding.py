@@ -86,7 +86,9 @@ def _differentiable(
 ) -> torch.Tensor:
     """The same in torch's operations, which can be differentiated."""
     if indices is None:
-        indices = torch.arange(dy.shape[0], device=dy.device) % max(options.length, 1)
+        shape = dy.shape[:-1]
+        place = torch.arange(shape.numel(), device=dy.device) % max(options.length, 1)
+        indices = place.view(shape)
     g = dy.to(torch.promote_types(dy.dtype, torch.float32)) * options.scale
     if seed is not None:
         g = g * dropout_factors(seed, g, options.dropout_p)
@@ -266,9 +268,9 @@ def _looked_up(
     dtype = weight.dtype
     if positional is not None:
         dtype = torch.promote_types(dtype, positional.dtype)
-    indices = input.reshape(-1).contiguous()
+    indices = input.contiguous()
     if positions is not None:
-        positions = positions.expand(input.shape).reshape(-1).contiguous()
+        positions = positions.expand(input.shape).contiguous()
     seed = draw_seed(weight.device) if dropout_p > 0 else None
     tables = weight, positions, positional
     wanted = weight.requires_grad or (positional is not None and positional.requires_grad)
@@ -277,7 +279,7 @@ def _looked_up(
         y: torch.Tensor = _Embedding.apply(indices, *tables, seed, options, dtype)
     else:
         y = embedding_forward(indices, *tables, seed, length, scale, dropout_p, dtype)
-    return y.view(*input.shape, weight.shape[1])
+    return y
 
 
 def sinusoidal_encoding(

@@ -15,6 +15,7 @@ from gpunn.functional.activation import (
 )
 from gpunn.functional.batch_norm import batch_norm
 from gpunn.functional.dispatch import (
+    as_vector,
     autocast_is_on,
     check_arguments,
     differentiable_gradients,
@@ -101,7 +102,7 @@ def _normalise(
     options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y by the kernels, and mean and variance of each group, (N, num_groups)."""
-    tensors = input, *(None if t is None else t.reshape(-1).contiguous() for t in (weight, bias))
+    tensors = input, *(None if t is None else as_vector(t) for t in (weight, bias))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         found: tuple[torch.Tensor, ...] = _GroupNorm.apply(*tensors, num_groups, options)
         y, mean, var = found

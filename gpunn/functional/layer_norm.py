@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,16 +57,19 @@ class _RowNorm(torch.autograd.Function):
         bias: torch.Tensor | None,
         seed: torch.Tensor | None,
         options: Options,
+        return_sum: bool,
         dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         y, s, mean, invstd = row_norm_forward(
             x, residual, weight, bias, seed, *options, True, dtype
         )
-        s = x.view_as(x) if residual is None and seed is None else s
-        ctx.save_for_backward(x, residual, s, weight, bias, seed, mean, invstd)
+        is_x = residual is None and seed is None
+        ctx.save_for_backward(x, residual, x if is_x else s, weight, bias, seed, mean, invstd)
         ctx.options, ctx.dtype = options, dtype
         ctx.set_materialize_grads(False)
-        return y, s
+        if not return_sum:
+            return y, None
+        return y, x.view_as(x) if is_x else s
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, extra: torch.Tensor | None) -> tuple[Any, ...]:
@@ -83,7 +87,7 @@ class _RowNorm(torch.autograd.Function):
 
             one = torch.ones((), dtype=wide, device=dy.device)
             gradients = differentiable_gradients(both, (x, residual, weight, bias), needs, one)
-            return *gradients, None, None, None
+            return *gradients, None, None, None, None
         extra = None if extra is None else extra.contiguous()
         same = seed is None and needs[0] and needs[1]
         wanted = [needs[0], needs[1] and not same, *needs[2:]]
@@ -94,7 +98,7 @@ class _RowNorm(torch.autograd.Function):
         gradients = [g if need else None for g, need in zip(found, wanted, strict=True)]
         if same:
             gradients[1] = gradients[0]
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _normalise(
@@ -116,7 +120,7 @@ def _normalise(
         decline(name, "nested tensor")
         return _by_torch(input, normalized_shape, weight, bias, residual, options, return_sum)
     shape = _checked_shape(name, input, normalized_shape, weight, bias, residual)
-    n_cols = torch.Size(shape).numel()
+    n_cols = math.prod(shape)
     plain = residual is None and options.dropout_p == 0
     if not takes(name, input, weight, bias, residual):
         return _by_torch(input, shape, weight, bias, residual, options, return_sum)
@@ -127,22 +131,26 @@ def _normalise(
         decline(name, f"no kernel for rows of shape {tuple(shape)}")
         return _by_torch(input, shape, weight, bias, residual, options, return_sum)
     dtype = torch.float32 if autocast_is_on(input) and input.is_cuda else input.dtype
-    rows = input.reshape(-1, n_cols).contiguous()
-    others = None if residual is None else residual.reshape(-1, n_cols).contiguous()
-    parameters = [None if t is None else t.reshape(-1).contiguous() for t in (weight, bias)]
+    tensors = tuple(as_rows(t, len(shape)) for t in (input, residual, weight, bias))
     seed = draw_seed(input.device) if options.dropout_p > 0 else None
-    tensors = rows, others, *parameters
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y, s = _RowNorm.apply(*tensors, seed, options, dtype)
+        y, s = _RowNorm.apply(*tensors, seed, options, return_sum, dtype)
     else:
         forward: Any = row_norm_forward
         y, s, _, _ = forward(*tensors, seed, *options, return_sum, dtype)
         s = input if plain else s
-    y = y.view(input.shape)
+    y = y if len(shape) == 1 else y.view(input.shape)
     if not return_sum:
         return y
     # With a gradient the stream goes through the norm, whose backward pass then adds it to dx.
-    return y, s if s is input else s.view(input.shape)
+    return y, s if s is input or len(shape) == 1 else s.view(input.shape)
+
+
+def as_rows(tensor: torch.Tensor | None, n_dims: int) -> torch.Tensor | None:
+    """(*, n), contiguous, of a tensor of which the last ``n_dims`` dimensions are a row."""
+    if tensor is None:
+        return None
+    return (tensor if n_dims == 1 else tensor.flatten(-n_dims)).contiguous()
 
 
 def _checked_shape(

@@ -117,7 +117,7 @@ def _apply(
     if result not in (torch.float16, torch.bfloat16, torch.float32, input.dtype):
         decline(name, f"no kernel for a result in {result}")
         return composed(input, mask, dim, scale, logarithm, dtype)
-    x, shape = input.view(input.shape or (1,)), input.shape
+    x = input if input.dim() else input.view(1)
     mask = None if mask is None else mask.expand(x.shape)
     dim %= x.dim()
     wanted = input.requires_grad or (mask is not None and mask.requires_grad)
@@ -125,7 +125,7 @@ def _apply(
         y: torch.Tensor = _Softmax.apply(x, mask, dim, scale, logarithm, result)
     else:
         y = softmax_forward(x, _as_bytes(mask), dim, scale, logarithm, result)
-    return y.view(shape)
+    return y if input.dim() else y.view(())
 
 
 def softmax(
