@@ -15,7 +15,14 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from gpunn.kernels.attention_mask_gradient import attention_mask_gradient_kernel
-from gpunn.kernels.attention_operands import block_of, head_block, operand, read_by_descriptor
+from gpunn.kernels.attention_operands import (
+    block_of,
+    head_block,
+    in_order_of,
+    operand,
+    read_by_descriptor,
+    repeated_strides,
+)
 from gpunn.kernels.attention_tiles import DELTA_LAUNCH, AttentionLaunch, Kind, Shape, launch_for
 from gpunn.kernels.flash import attention_forward_kernel
 from gpunn.kernels.flash_backward import (
@@ -158,26 +165,6 @@ class Problem:
     def is_uneven(self, n: int, block: int) -> bool:
         """Whether a tile may reach past the last of n queries or keys."""
         return self.starts_k is not None or n % block != 0
-
-
-def repeated_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides, 0 along what has one element and is repeated."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return tuple(0 if size == 1 else stride for size, stride in pairs)
-
-
-def in_order_of(tensor: torch.Tensor, n_cols: int, zeros: bool) -> torch.Tensor:
-    """A new (batch, heads, rows, n_cols), its dimensions in memory in the order of tensor's.
-
-    Filled with zeros, or not at all.
-    """
-    strides, shape = tensor.stride(), (*tensor.shape[:-1], n_cols)
-    allocate = tensor.new_zeros if zeros else tensor.new_empty
-    if strides[0] >= strides[1] >= strides[2]:
-        return allocate(shape)
-    order = sorted(range(3), key=lambda d: (-strides[d], d))
-    laid_out = allocate([shape[d] for d in (*order, 3)])
-    return laid_out.permute(*(order.index(d) for d in range(3)), 3)
 
 
 def _forward_fake(

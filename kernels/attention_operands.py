@@ -62,3 +62,23 @@ def operand(tensor: torch.Tensor, block_rows: int, by_descriptor: bool) -> Any:
     strides = [stride if size > 1 else 16 for size, stride in pairs]
     block = [1, 1, block_rows, head_block(tensor.shape[3], tensor.dtype)]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
+
+
+def repeated_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides, 0 along what has one element and is repeated."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(0 if size == 1 else stride for size, stride in pairs)
+
+
+def in_order_of(tensor: torch.Tensor, n_cols: int, zeros: bool) -> torch.Tensor:
+    """A new (batch, heads, rows, n_cols), its dimensions in memory in the order of tensor's.
+
+    Filled with zeros, or not at all.
+    """
+    strides, shape = tensor.stride(), (*tensor.shape[:-1], n_cols)
+    allocate = tensor.new_zeros if zeros else tensor.new_empty
+    if strides[0] >= strides[1] >= strides[2]:
+        return allocate(shape)
+    order = sorted(range(3), key=lambda d: (-strides[d], d))
+    laid_out = allocate([shape[d] for d in (*order, 3)])
+    return laid_out.permute(*(order.index(d) for d in range(3)), 3)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpunn.kernels.attention import repeated_strides
+from gpunn.kernels.attention_operands import repeated_strides
 from gpunn.kernels.launch import Launch, cdiv, operator, run
 from gpunn.kernels.numeric import widen
 

@@ -70,14 +70,15 @@ def test_descriptors(
     shapes = [(2, h, n, e), (2, g, m, e), (2, g, m, f), (2, h, n, f)]
     *tensors, dy = (made(shape, layout, device) for shape in shapes)
     results: list[list[torch.Tensor]] = []
-    for function, dtype in (
+    functions: list[tuple[Any, torch.dtype]] = [
         (GF.scaled_dot_product_attention, torch.bfloat16),
         (F.scaled_dot_product_attention, torch.float64),
         (F.scaled_dot_product_attention, torch.bfloat16),
-    ):
+    ]
+    for function, dtype in functions:
         leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in tensors]
         with gpunn.backend("kernels"), gpunn.trace() as trace:
-            y = function(*leaves, is_causal=causal, enable_gqa=h > g)  # type: ignore[operator]
+            y = function(*leaves, is_causal=causal, enable_gqa=h > g)
             results.append([y, *torch.autograd.grad(y, leaves, dy.to(dtype))])
         if not results[1:]:
             launched(trace, "attention_forward", "attention_backward")
@@ -96,7 +97,8 @@ def test_scales_of_any_sign(scale: float, device: str) -> None:
     tensors = [torch.randn(1, 2, 40, 16, device=device) for _ in range(4)]
     leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
     wide = [tensor.double().requires_grad_() for tensor in tensors[:3]]
-    y = GF.scaled_dot_product_attention(*leaves, is_causal=True, scale=scale)
+    query, key, value = leaves
+    y = GF.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     later = torch.ones(40, 40, device=device).triu(1).bool()
     scores = (wide[0] @ wide[1].mT * scale).masked_fill(later, -math.inf)
     exact = scores.softmax(-1) @ wide[2]
