@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -62,6 +63,18 @@ def _full_precision() -> Iterator[None]:
     from gpunn.checks.comparison import full_precision
 
     with full_precision():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _plain_attention() -> Iterator[None]:
+    """On a GPU, torch's attention is the formula unless a test asks for one of its fused ones.
+
+    Those give rows of which all is ruled out a value, and warn that they are not deterministic.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext():
         yield
 
 

@@ -7,6 +7,7 @@ implementation keeps: the result, the gradient before the activation, and the gr
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,7 @@ def peak_on_cpu(function: Callable[[], object]) -> int:
 
 def peak_on_cuda(function: Callable[[], object]) -> int:
     function()  # so that what a first call compiles and keeps is there
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
