@@ -272,7 +272,9 @@ def partial_weights(
         steps = cdiv(n_places, launch.block_inner)
         constants = {"PRECISION": precision_of(dz.dtype), "PACKED": packed}
     programs = device_of(x).n_multiprocessors * (1 if launch is WEIGHT_WIDE else PROGRAMS)
-    most = max(1, min(programs // n_tiles, steps // 4, MOST_PARTS))
+    size_of_part = 4 * n_outputs * n_taps * n_channels
+    fitting = max(MOST_PARTS // 8, dz.nbytes // size_of_part)  # into less memory than dz takes
+    most = max(1, min(programs // n_tiles, steps // 4, MOST_PARTS, fitting))
     n_parts = most - most % 2 if most > 4 else most  # each number of parts is a kernel of its own
     wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
     partials = dz.new_empty((n_parts, n_outputs, n_taps * n_channels), dtype=wide)

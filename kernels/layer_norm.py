@@ -186,7 +186,7 @@ def row_norm_backward(
             dx if needs[0] else None, dresidual if needs[1] else None, *sums,
             n_rows, n_cols, *dropout_arguments(dropout_p or 1.0), launch=launch, CENTRED=centred,
             QUADS=n_cols % 4 == 0, ONE_PASS=n_cols <= launch.block_cols,
-            STAGES=STAGES if launch.block_rows == 1 else 1,
+            STAGES=STAGES if launch.block_rows == 1 and n_programs < n_rows else 1,
         )  # fmt: skip
     if not held and any(needs[2:]):
         sums = _column_sums(dy, s, mean, invstd, needs[2:])
