@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from gpunn.kernels.attention_mask_gradient import attention_mask_gradient_kernel
+from gpunn.kernels.attention_operands import block_of, operand, read_by_descriptor
 from gpunn.kernels.attention_tiles import DELTA_LAUNCH, AttentionLaunch, Kind, Shape, launch_for
 from gpunn.kernels.flash import attention_forward_kernel
 from gpunn.kernels.flash_backward import (
     attention_delta_kernel,
     attention_key_gradients_kernel,
-    attention_mask_gradient_kernel,
     attention_query_gradient_kernel,
 )
 from gpunn.kernels.launch import cdiv, device_of, operator, run
@@ -76,11 +77,27 @@ class Problem:
         """Whether the backward pass keeps maximum and sum of a row apart."""
         return self.is_natural or self.q.dtype.itemsize > 2
 
-    def inputs(self) -> tuple[torch.Tensor | None, ...]:
-        """The pointers that come first."""
+    @property
+    def is_scaled_late(self) -> bool:
+        """Whether the largest of the products q·k belongs to the largest of the scores."""
+        others = self.mask, self.slopes, self.softcap or None
+        return self.scale > 0 and all(other is None for other in others)
+
+    def is_by_descriptor(self, *others: torch.Tensor) -> bool:
+        """Whether q, k, v and ``others`` are read by descriptors."""
+        if self.mask is not None or self.seed is not None or self.starts_k is not None:
+            return False
+        pairs = self.n_batches * self.n_heads * self.n_queries * self.n_keys
+        n_flops = 2 * pairs * (self.q.shape[-1] + self.v.shape[-1])
+        return read_by_descriptor((self.q, self.k, self.v, *others), n_flops, device_of(self.q))
+
+    def inputs(self, launch: AttentionLaunch, by_descriptor: bool) -> tuple[Any, ...]:
+        """What comes first: q, k and v, by pointer or by descriptor, and pointers."""
         return (
-            self.q, self.k, self.v, self.mask, self.slopes, self.mask_batches, self.seed,
-            self.starts_q, self.starts_k,
+            operand(self.q, launch.block_queries, by_descriptor),
+            operand(self.k, launch.block_keys, by_descriptor),
+            operand(self.v, launch.block_keys, by_descriptor),
+            self.mask, self.slopes, self.mask_batches, self.seed, self.starts_q, self.starts_k,
         )  # fmt: skip
 
     def sizes(self) -> tuple[int, ...]:
@@ -129,14 +146,9 @@ class Problem:
         shape = Shape(kind, widest, dtype, precision_of(dtype), is_heavy)
         return launch_for(shape, device_of(self.q))
 
-    def is_uneven(self, launch: AttentionLaunch) -> bool:
-        """Whether a tile may reach past the last key."""
-        return self.starts_k is not None or self.n_keys % launch.block_keys != 0
-
-
-def block_of(head: int) -> int:
-    """The width of a tile for heads of this size: a power of two that a product of tiles takes."""
-    return max(16, 1 << (head - 1).bit_length())
+    def is_uneven(self, n: int, block: int) -> bool:
+        """Whether a tile may reach past the last of n queries or keys."""
+        return self.starts_k is not None or n % block != 0
 
 
 def repeated_strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -209,17 +221,19 @@ def attention_forward(keep: bool, *arguments: Any) -> tuple[torch.Tensor, ...]:
     if problem.starts_q is not None:  # no sequence may own a row
         maxima.fill_(-math.inf)
         sums.zero_()
+    by_descriptor = problem.is_by_descriptor()
     launch = problem.launch("forward")
     n_blocks = cdiv(problem.n_queries, launch.block_queries)
     if y.numel() == 0 and maxima.numel() == 0:
         return y, rest, maxima, sums
     run(
         NAME, attention_forward_kernel, (n_blocks * problem.n_batches * problem.n_heads,),
-        *problem.inputs(), y, rest if rest.numel() else None, maxima, sums,
+        *problem.inputs(launch, by_descriptor), y, rest if rest.numel() else None, maxima, sums,
         *problem.sizes(),
         *problem.strides(y), *problem.stat_strides(), *problem.scalars(),
-        launch=launch, NATURAL=problem.is_natural, UNEVEN=problem.is_uneven(launch),
-        **problem.constants(),
+        launch=launch, NATURAL=problem.is_natural, SCALED_LATE=problem.is_scaled_late,
+        UNEVEN=problem.is_uneven(problem.n_keys, launch.block_keys),
+        BY_DESCRIPTOR=by_descriptor, **problem.constants(),
     )  # fmt: skip
     return y, rest, maxima, sums
 
@@ -273,7 +287,7 @@ def attention_backward(
     problem = Problem(*arguments)
     gradients = _backward_fake(dy, y, rest, maxima, sums, needs, *arguments)
     dq, dk, dv, dmask = gradients
-    rows = dy, maxima, sums, _delta(dy, y, rest, maxima, sums, problem)
+    rows = _rows(dy, y, rest, maxima, sums, problem)
     if dq.numel():
         _query_gradient(problem, rows, dq)
     if dk.numel() or dv.numel():
@@ -283,60 +297,71 @@ def attention_backward(
     return gradients
 
 
-Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""dy, and of each row the maximum, the sum and delta."""
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""dy, and of each row its statistics as ``row_statistics`` reads them."""
 
 
-def _delta(
+def _rows(
     dy: torch.Tensor,
     y: torch.Tensor,
     rest: torch.Tensor,
     maxima: torch.Tensor,
     sums: torch.Tensor,
     problem: Problem,
-) -> torch.Tensor:
-    """Σ dy y of each row, of 16 bits with y's rest; wider, as ``_query_gradient`` finds it."""
+) -> Rows:
+    """With delta: Σ dy y, of 16 bits with y's rest; wider, as ``_query_gradient`` finds it."""
     delta, launch = torch.empty_like(maxima), DELTA_LAUNCH
+    shifts = None if problem.is_exact else torch.empty_like(maxima)
+    rows = (dy, maxima, sums, delta) if shifts is None else (dy, shifts, None, delta)
     if delta.numel() == 0:
-        return delta
+        return rows
     if dy.dtype.itemsize > 2:
-        _query_gradient(problem, (dy, maxima, sums, delta), None)
-        return delta
+        _query_gradient(problem, rows, None)
+        return rows
     n_rows, head_v = y.shape[2:]
     run(
         NAME_BACKWARD, attention_delta_kernel,
         (cdiv(n_rows, launch.block_queries) * y.shape[0] * y.shape[1],),
-        dy, y, rest if rest.numel() else None, delta, problem.n_heads, n_rows,
-        *dy.stride(), *y.stride(),
+        dy, y, rest if rest.numel() else None, maxima, sums, delta, shifts, problem.n_heads,
+        n_rows, *dy.stride(), *y.stride(),
         launch=launch, HEAD_V=head_v, BLOCK_HEAD_V=block_of(head_v),
     )  # fmt: skip
-    return delta
+    return rows
 
 
 def _query_gradient(problem: Problem, rows: Rows, dq: torch.Tensor | None) -> None:
     """dq; without one, the delta of ``rows``."""
-    strides = problem.strides(rows[0], rows[0] if dq is None else dq)
+    dy, *statistics = rows
+    strides = problem.strides(dy, dy if dq is None else dq)
+    by_descriptor = problem.is_by_descriptor(dy)
     launch = problem.launch("query_gradient")
     n_blocks = cdiv(problem.n_queries, launch.block_queries)
     run(
         NAME_BACKWARD, attention_query_gradient_kernel,
         (n_blocks * problem.n_batches * problem.n_heads,),
-        *problem.inputs(), *rows, dq, *problem.sizes(), *strides,
+        *problem.inputs(launch, by_descriptor), operand(dy, launch.block_queries, by_descriptor),
+        *statistics, dq, *problem.sizes(), *strides,
         *problem.stat_strides(), *problem.scalars(), problem.scale,
-        launch=launch, NATURAL=problem.is_natural, EXACT=problem.is_exact,
-        UNEVEN=problem.is_uneven(launch), **problem.constants(),
+        launch=launch, NATURAL=problem.is_natural,
+        UNEVEN=problem.is_uneven(problem.n_keys, launch.block_keys),
+        BY_DESCRIPTOR=by_descriptor, **problem.constants(),
     )  # fmt: skip
 
 
 def _key_gradients(problem: Problem, rows: Rows, dk: torch.Tensor, dv: torch.Tensor) -> None:
+    dy, *statistics = rows
+    by_descriptor = problem.is_by_descriptor(dy)
     launch = problem.launch("key_gradients")
     n_blocks = cdiv(problem.n_keys, launch.block_keys)
     run(
         NAME_BACKWARD, attention_key_gradients_kernel,
         (n_blocks * problem.n_batches * problem.k.shape[1],),
-        *problem.inputs(), *rows, dk, dv, *problem.sizes(), *problem.strides(rows[0], dk, dv),
+        *problem.inputs(launch, by_descriptor), operand(dy, launch.block_queries, by_descriptor),
+        *statistics, dk, dv, *problem.sizes(), *problem.strides(dy, dk, dv),
         *problem.stat_strides(), *problem.scalars(), problem.scale,
-        launch=launch, NATURAL=problem.is_natural, EXACT=problem.is_exact, **problem.constants(),
+        launch=launch, NATURAL=problem.is_natural,
+        UNEVEN=problem.is_uneven(problem.n_queries, launch.block_queries),
+        BY_DESCRIPTOR=by_descriptor, **problem.constants(),
     )  # fmt: skip
 
 

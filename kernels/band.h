@@ -101,13 +101,42 @@ __device__ inline Work work_of(const Pool& pool, long long n_planes, long long p
     return {other_band(plane, n, top, end, pool.h.in, pool.w.in), to};
 }
 
+// Calls f(i, line, column) for the elements i of lines of some columns, spread over threads: what
+// is divided is so but once.
+template <typename F>
+__device__ inline void for_each(int n, int columns, F f) {
+    int lines = blockDim.x / columns, rest = blockDim.x % columns;
+    int line = threadIdx.x / columns, column = threadIdx.x % columns;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n; i += blockDim.x, line += lines, column += rest) {
+        if (column >= columns) {
+            column -= columns;
+            line++;
+        }
+        f(i, line, column);
+    }
+}
+
 // Calls f(plane, row, column, place in the band) for the elements of a band, spread over threads.
 template <typename F>
 __device__ inline void for_each_in(const Band& band, int height, int width, F f) {
-    for (int i = threadIdx.x; i < band.size; i += blockDim.x) {
-        int line = i / width, plane = line / height;
-        f(plane, band.row + line - plane * height, i - line * width, i);
-    }
+    for_each(band.size, width, [&](int i, int line, int column) {
+        int plane = band.rows < height ? 0 : line / height;
+        f(plane, band.row + line - plane * height, column, i);
+    });
+}
+
+// Calls f(plane, row, column) for the patches of a band of inputs, spread over threads.
+template <int STEP, typename F>
+__device__ inline void for_each_patch(const Pool& pool, const Band& band, F f) {
+    Patches patches = patches_of<STEP>(pool, band.row, band.rows);
+    int planes = band.rows < pool.h.in ? 1 : band.size / (pool.h.in * pool.w.in);
+    int n = planes * patches.rows * patches.columns;
+    for_each(n, patches.columns, [&](int i, int line, int column) {
+        int plane = planes == 1 ? 0 : line / patches.rows;
+        int row = line - plane * patches.rows;
+        f(plane, patches.first_row + row, patches.first_column + column);
+    });
 }
 
 // A plane of a band, as it stands in a tile: its rows count from 0 in the tensor.

@@ -29,25 +29,53 @@ class ChannelsLaunch(Launch):
 
     num_warps: int = 8
     block_positions: int = 128
-    block_channels: int = 32
+    block_channels: int = 64
 
 
-# 16 elements a thread; in rows of 64 bytes in 16-bit types where channels are last. Not measured.
-CHANNELS_LAST = ChannelsLaunch()
-CHANNELS_FIRST = ChannelsLaunch(block_positions=512, block_channels=8)
-MOST_CHUNKS = 64
+@dataclass(frozen=True)
+class StagedLaunch(ChannelsLaunch):
+    """How many tiles of each operand are on their way, with the one that is computed with."""
+
+    stages: int = 1
+
+
+# Of sums one program runs on a multiprocessor, so that few chunks are to be added up: by 16 warps,
+# and 3 tiles of each operand are read ahead into shared memory, 48 KiB or more in 16-bit types. Of
+# gradients, of which up to three operands are read, larger ones spill. Where channels are last, a
+# row of a tile is 128 bytes in 16-bit types. What follows has no sums to hold: several programs
+# share a multiprocessor.
+STATISTICS_LAST = StagedLaunch(16, stages=4)
+STATISTICS_FIRST = StagedLaunch(16, block_positions=1024, block_channels=8, stages=4)
+SUMS_LAST = StagedLaunch(16, block_positions=64, stages=4)
+SUMS_FIRST = StagedLaunch(16, block_positions=512, block_channels=8, stages=4)
+WHOLE_LAST = StagedLaunch(block_positions=64)
+WHOLE_FIRST = StagedLaunch(block_positions=512, block_channels=8)
+SUMS_PROGRAMS, WHOLE_PROGRAMS = 1, 4
+"""Of a multiprocessor, for sums and for what follows."""
+MOST_CHUNKS = 128
 """Each program of the pass after the sums reads those of all chunks of its channels."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a batch is shared out to programs, and where its elements are."""
+class Share:
+    """How the positions are shared out to the programs of a pass."""
 
-    launch: ChannelsLaunch
-    n_chunks: int
+    launch: StagedLaunch
+    n_parts: int
     grid: tuple[int]
     sizes: tuple[int, ...]
-    """What every kernel takes: sizes, strides and the positions of a chunk."""
+    """What every kernel takes: sizes, strides and the positions of a part."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the elements of a batch are, and how its two passes go through them.
+
+    The parts of ``sums`` are called chunks.
+    """
+
+    sums: Share
+    whole: Share
     channels_last: bool
 
 
@@ -61,20 +89,32 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     return x if has_channels_last(x) else x.contiguous()
 
 
-def plan_for(x: torch.Tensor) -> Plan:
-    """As many chunks as give each multiprocessor two programs, up to MOST_CHUNKS."""
+def plan_for(x: torch.Tensor, backward: bool) -> Plan:
+    """As many parts as give each multiprocessor its programs; of sums, up to MOST_CHUNKS."""
     n_channels, n_positions = x.shape[1], x.numel() // x.shape[1]
     last = has_channels_last(x)
-    launch = CHANNELS_LAST if last else CHANNELS_FIRST
     n_inner = n_positions if last else n_positions // x.shape[0]
     strides = (0, 1, n_channels) if last else (n_channels * n_inner, n_inner, 1)
-    n_across = cdiv(n_channels, launch.block_channels)
-    tiles = cdiv(n_positions, launch.block_positions)
-    most = min(2 * device_of(x).n_multiprocessors // n_across, tiles, MOST_CHUNKS)
-    n_chunks = 1 << (max(most, 1).bit_length() - 1)  # each number is a kernel of its own
-    positions_a_chunk = cdiv(tiles, n_chunks) * launch.block_positions
-    sizes = n_positions, n_channels, n_inner, *strides, positions_a_chunk
-    return Plan(launch, n_chunks, (n_chunks * n_across,), sizes, last)
+    sizes = n_positions, n_channels, n_inner, *strides
+    n_multiprocessors = device_of(x).n_multiprocessors
+
+    def share(launch: StagedLaunch, n_programs: int, most_parts: int) -> Share:
+        n_across = cdiv(n_channels, launch.block_channels)
+        tiles = cdiv(n_positions, launch.block_positions)
+        most = max(min(n_programs * n_multiprocessors // n_across, most_parts), 1)
+        positions = cdiv(tiles, most) * launch.block_positions
+        n_parts = cdiv(n_positions, positions)
+        return Share(launch, n_parts, (n_parts * n_across,), (*sizes, positions))
+
+    tiles = (STATISTICS_FIRST, STATISTICS_LAST), (SUMS_FIRST, SUMS_LAST)
+    sums = share(tiles[backward][last], SUMS_PROGRAMS, MOST_CHUNKS)
+    whole = share((WHOLE_FIRST, WHOLE_LAST)[last], WHOLE_PROGRAMS, n_positions)
+    return Plan(sums, whole, last)
+
+
+def at_most(n_chunks: int) -> int:
+    """n_chunks, or the next power of two: each is a kernel of its own."""
+    return 1 << (n_chunks - 1).bit_length()
 
 
 def constants(activation: str, parameters: list[float]) -> dict[str, Any]:
@@ -90,10 +130,11 @@ def wide(x: torch.Tensor) -> torch.dtype:
 
 def batch_statistics(name: str, x: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Of each chunk, mean and sum of squared deviations: (2, n_chunks, C). x is dense."""
-    partial = x.new_empty((2, plan.n_chunks, x.shape[1]), dtype=wide(x))
+    share = plan.sums
+    partial = x.new_empty((2, share.n_parts, x.shape[1]), dtype=wide(x))
     run(
-        name, batch_statistics_kernel, plan.grid, x, partial, *plan.sizes,
-        launch=plan.launch, N_CHUNKS=plan.n_chunks, CHANNELS_LAST=plan.channels_last,
+        name, batch_statistics_kernel, share.grid, x, partial, *share.sizes,
+        launch=share.launch, CHANNELS_LAST=plan.channels_last,
     )  # fmt: skip
     return partial
 
@@ -170,16 +211,16 @@ def batch_norm_forward(
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation,
         parameters, keep_bits,
     )  # fmt: skip
-    plan = plan_for(x)
+    plan = plan_for(x, False)
     partial = batch_statistics("batch_norm_forward", x, plan) if training else None
     run(
-        "batch_norm_forward", normalise_kernel, plan.grid,
+        "batch_norm_forward", normalise_kernel, plan.whole.grid,
         x, None if residual is None else in_memory_order_of(residual, x),
         _contiguous(weight), _contiguous(bias), partial,
         running_mean, running_var, y, bits if keep_bits else None, mean, invstd,
-        *plan.sizes, momentum, eps,
-        launch=plan.launch, N_CHUNKS=plan.n_chunks, CHANNELS_LAST=plan.channels_last,
-        **constants(activation, parameters),
+        *plan.whole.sizes, plan.sums.sizes[-1], plan.sums.n_parts, momentum, eps,
+        launch=plan.whole.launch, N_CHUNKS=at_most(plan.sums.n_parts) if training else 1,
+        CHANNELS_LAST=plan.channels_last, **constants(activation, parameters),
     )  # fmt: skip
     return y, mean, invstd, bits
 
@@ -192,10 +233,10 @@ def _statistics_fake(x: torch.Tensor) -> torch.Tensor:
 def batch_norm_statistics(x: torch.Tensor) -> torch.Tensor:
     """Mean and sum of squared deviations of each channel, (2, C)."""
     x = dense(x)
-    plan = plan_for(x)
+    plan = plan_for(x, False)
     means, squares = batch_statistics("batch_norm_statistics", x, plan)
-    n_positions, per_chunk = plan.sizes[0], plan.sizes[-1]
-    starts = torch.arange(plan.n_chunks, device=x.device) * per_chunk
+    n_positions, per_chunk = plan.sums.sizes[0], plan.sums.sizes[-1]
+    starts = torch.arange(plan.sums.n_parts, device=x.device) * per_chunk
     counts = (n_positions - starts).clamp(0, per_chunk).to(means.dtype)[:, None]
     mean = (counts * means).sum(0) / n_positions
     return torch.stack([mean, (squares + counts * (means - mean) ** 2).sum(0)])
@@ -218,11 +259,11 @@ def _sums(
     """Of each chunk, Σ dz and Σ dz (x - mean) invstd: (2, n_chunks, C)."""
     mean = given[-2]
     assert mean is not None
-    partial = mean.new_empty((2, plan.n_chunks, mean.shape[0]))
+    share = plan.sums
+    partial = mean.new_empty((2, share.n_parts, mean.shape[0]))
     run(
-        name, gradient_sums_kernel, plan.grid, *given, partial, *plan.sizes,
-        launch=plan.launch, N_CHUNKS=plan.n_chunks, CHANNELS_LAST=plan.channels_last,
-        **constants(activation, parameters),
+        name, gradient_sums_kernel, share.grid, *given, partial, *share.sizes,
+        launch=share.launch, CHANNELS_LAST=plan.channels_last, **constants(activation, parameters),
     )  # fmt: skip
     return partial
 
@@ -288,19 +329,21 @@ def batch_norm_backward(
         dy, x, residual, bits, weight, bias, mean, invstd, sums, n_total, training, activation,
         parameters, needs,
     )  # fmt: skip
-    plan, name = plan_for(x), "batch_norm_backward"
+    plan, name = plan_for(x, True), "batch_norm_backward"
     given = _operands(x, dy, (residual, bits, weight, bias, mean, invstd))
     partial = None if sums is None else sums[:, None]
     if partial is None and ((training and needs[0]) or any(needs[2:])):
         partial = _sums(name, given, plan, activation, parameters)
-    # for the parameters' gradients alone, the first chunk's programs suffice
-    n_programs = plan.grid[0] if any(needs[:2]) else plan.grid[0] // plan.n_chunks
+    # for the parameters' gradients alone, the first part's programs suffice
+    share = plan.whole
+    n_programs = share.grid[0] if any(needs[:2]) else share.grid[0] // share.n_parts
+    n_chunks = 1 if partial is None else partial.shape[1]
     written = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
     run(
         name, input_gradient_kernel, (n_programs,),
-        *given, partial, *written, *plan.sizes, n_total,
-        launch=plan.launch, N_PARTIAL=1 if partial is None else partial.shape[1],
-        TRAINING=training, CHANNELS_LAST=plan.channels_last, **constants(activation, parameters),
+        *given, partial, *written, *share.sizes, n_total,
+        n_chunks, launch=share.launch, N_CHUNKS=at_most(n_chunks), TRAINING=training,
+        CHANNELS_LAST=plan.channels_last, **constants(activation, parameters),
     )  # fmt: skip
     return gradients
 
@@ -340,4 +383,4 @@ def batch_norm_sums(
     """Σ dz and Σ dz (x - mean) invstd of each channel, (2, C): dbias and dweight."""
     x = dense(x)
     given = _operands(x, dy, (residual, bits, weight, bias, mean, invstd))
-    return _sums("batch_norm_sums", given, plan_for(x), activation, parameters).sum(1)
+    return _sums("batch_norm_sums", given, plan_for(x, True), activation, parameters).sum(1)

@@ -1,9 +1,10 @@
 """Passes over a batch by channels: the device code of ``batch_norm.py``.
 
-A batch is n_positions (image, place) by n_channels. A program owns BLOCK_CHANNELS channels and one
-of n_chunks parts of the positions, which it goes through BLOCK_POSITIONS at a time. Whichever of
-the two lies contiguous in memory is the last dimension of its tiles. What is summed over a channel
-is left as a number a chunk, and added up by whoever needs it, always in the same order.
+A batch is n_positions (image, place) by n_channels. A program owns BLOCK_CHANNELS channels and a
+part of the positions, which it goes through BLOCK_POSITIONS at a time. Whichever of the two lies
+contiguous in memory is the last dimension of its tiles. The parts over which is summed are called
+chunks: what is summed over a channel is left as a number a chunk, and added up by whoever needs it,
+always in the same order.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def tile_at(
 ):  # fmt: skip
     """Offsets and mask of the positions from ``first`` on, as far as ``end``."""
     position = first + tl.arange(0, BLOCK_POSITIONS)
-    image = (position // n_inner).to(tl.int64)
-    at_position = image * stride_n + (position % n_inner).to(tl.int64) * stride_inner
-    at_channel = channel.to(tl.int64) * stride_c
-    if CHANNELS_LAST:
-        at = at_position[:, None] + at_channel[None, :]
+    if CHANNELS_LAST:  # the same tile further on: all but its start need be known once
+        row = tl.arange(0, BLOCK_POSITIONS).to(tl.int64) * stride_inner
+        at = row[:, None] + channel.to(tl.int64)[None, :] + tl.cast(first, tl.int64) * stride_inner
         mask = (position < end)[:, None] & (channel < n_channels)[None, :]
     else:
-        at = at_channel[:, None] + at_position[None, :]
+        image = (position // n_inner).to(tl.int64)
+        at_position = image * stride_n + (position % n_inner).to(tl.int64)
+        at = (channel.to(tl.int64) * stride_c)[:, None] + at_position[None, :]
         mask = (channel < n_channels)[:, None] & (position < end)[None, :]
     return at, mask
 
@@ -56,31 +57,28 @@ def load_or(ptr, channel, n_channels, otherwise: tl.constexpr):
 
 
 @triton.jit
-def whole_statistics(
-    partial_ptr, channel, n_channels, n_positions, positions_a_chunk, N_CHUNKS: tl.constexpr
-):
-    """Mean and sum of squared deviations of all chunks (Chan, Golub and LeVeque 1979)."""
+def all_partial(partial_ptr, channel, n_channels, n_chunks, N_CHUNKS: tl.constexpr):
+    """Two numbers of each chunk, 0 from n_chunks up to N_CHUNKS, and the chunks' numbers."""
     chunk = tl.arange(0, N_CHUNKS)
     at = chunk[:, None] * n_channels + channel[None, :]
-    mask = (channel < n_channels)[None, :]
-    means = tl.load(partial_ptr + at, mask=mask, other=0.0)
-    squares = tl.load(partial_ptr + N_CHUNKS * n_channels + at, mask=mask, other=0.0)
-    left = n_positions - chunk * positions_a_chunk
+    mask = (chunk < n_chunks)[:, None] & (channel < n_channels)[None, :]
+    first = tl.load(partial_ptr + at, mask=mask, other=0.0)
+    second = tl.load(partial_ptr + n_chunks * n_channels + at, mask=mask, other=0.0)
+    return first, second, chunk
+
+
+@triton.jit
+def whole_statistics(
+    partial_ptr, channel, n_channels, n_positions, positions_a_chunk, n_chunks,
+    N_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of all chunks (Chan, Golub and LeVeque 1979)."""
+    means, squares, chunk = all_partial(partial_ptr, channel, n_channels, n_chunks, N_CHUNKS)
+    left = n_positions - chunk.to(tl.int64) * positions_a_chunk
     counts = tl.minimum(tl.maximum(left, 0), positions_a_chunk).to(means.dtype)[:, None]
     mean = tl.sum(counts * means, axis=0) / n_positions
     apart = means - mean[None, :]
     return mean, tl.sum(squares + counts * apart * apart, axis=0)
-
-
-@triton.jit
-def whole_sums(partial_ptr, channel, n_channels, N_CHUNKS: tl.constexpr):
-    """Two sums over all chunks."""
-    chunk = tl.arange(0, N_CHUNKS)
-    at = chunk[:, None] * n_channels + channel[None, :]
-    mask = (channel < n_channels)[None, :]
-    first = tl.load(partial_ptr + at, mask=mask, other=0.0)
-    second = tl.load(partial_ptr + N_CHUNKS * n_channels + at, mask=mask, other=0.0)
-    return tl.sum(first, axis=0), tl.sum(second, axis=0)
 
 
 @triton.jit
@@ -145,7 +143,7 @@ def gradient_tile(
 @triton.jit
 def chunk_statistics(
     x_ptr, start, end, channel, n_channels, n_inner, stride_n, stride_c, stride_inner,
-    CHANNELS_LAST: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of each channel over the positions from start to end.
 
@@ -158,7 +156,7 @@ def chunk_statistics(
     x = widen(tl.load(x_ptr + at, mask=mask, other=0.0))
     pivot = over_positions(x, CHANNELS_LAST) / tl.minimum(count, BLOCK_POSITIONS)
     sums, squares = tl.zeros_like(x), tl.zeros_like(x)
-    for first in tl.range(start, end, BLOCK_POSITIONS):
+    for first in tl.range(start, end, BLOCK_POSITIONS, num_stages=STAGES):
         at, mask = tile_at(first, end, channel, n_channels, n_inner, stride_n, stride_c,
                            stride_inner, CHANNELS_LAST, BLOCK_POSITIONS)  # fmt: skip
         x = widen(tl.load(x_ptr + at, mask=mask, other=0.0))
@@ -174,10 +172,10 @@ def chunk_statistics(
 def batch_statistics_kernel(
     x_ptr, partial_ptr, n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner,
     positions_a_chunk,
-    N_CHUNKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk, mean and sum of squared deviations: partial (2, N_CHUNKS, n_channels)."""
+    """Of each chunk, mean and sum of squared deviations: partial (2, chunks, n_channels)."""
     tiles_across = tl.cdiv(n_channels, BLOCK_CHANNELS)
     chunk = tl.program_id(0) // tiles_across
     channel = tl.program_id(0) % tiles_across * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -185,21 +183,22 @@ def batch_statistics_kernel(
     end = tl.minimum(start + positions_a_chunk, n_positions)
     mean, deviations = chunk_statistics(x_ptr, start, end, channel, n_channels, n_inner, stride_n,
                                         stride_c, stride_inner, CHANNELS_LAST,
-                                        BLOCK_POSITIONS)  # fmt: skip
+                                        BLOCK_POSITIONS, STAGES)  # fmt: skip
     out = partial_ptr + chunk * n_channels + channel
     tl.store(out, mean, mask=channel < n_channels)
-    tl.store(out + N_CHUNKS * n_channels, deviations, mask=channel < n_channels)
+    n_chunks = tl.num_programs(0) // tiles_across
+    tl.store(out + n_chunks * n_channels, deviations, mask=channel < n_channels)
 
 
 @triton.jit
 def normalise_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, partial_ptr, running_mean_ptr, running_var_ptr,
     y_ptr, bits_ptr, mean_ptr, invstd_ptr,
-    n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, positions_a_chunk,
-    momentum, eps,
+    n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, positions_a_part,
+    positions_a_chunk, n_chunks, momentum, eps,
     N_CHUNKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr,
     GRADIENT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, FROM_OUTPUT: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = f((x - mean) invstd weight + bias + residual), and f' as bits where they are wanted.
 
@@ -207,13 +206,13 @@ def normalise_kernel(
     them by ``momentum``; else they are the running ones. Mean and invstd are kept for the backward.
     """
     tiles_across = tl.cdiv(n_channels, BLOCK_CHANNELS)
-    chunk = tl.program_id(0) // tiles_across
+    part = tl.program_id(0) // tiles_across
     first_channel = tl.program_id(0) % tiles_across * BLOCK_CHANNELS
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
-    known = (channel < n_channels) & (chunk == 0)
+    known = (channel < n_channels) & (part == 0)
     if partial_ptr is not None:
         mean, deviations = whole_statistics(
-            partial_ptr, channel, n_channels, n_positions, positions_a_chunk, N_CHUNKS
+            partial_ptr, channel, n_channels, n_positions, positions_a_chunk, n_chunks, N_CHUNKS
         )
         var = deviations / n_positions
         if running_mean_ptr is not None:
@@ -232,9 +231,9 @@ def normalise_kernel(
     tl.store(invstd_ptr + channel, invstd.to(invstd_ptr.dtype.element_ty), mask=known)
     scale = by_channel(invstd * load_or(weight_ptr, channel, n_channels, 1.0), CHANNELS_LAST)
     bias = by_channel(load_or(bias_ptr, channel, n_channels, 0.0), CHANNELS_LAST)
-    start = chunk * positions_a_chunk
-    end = tl.minimum(start + positions_a_chunk, n_positions)
-    for first in tl.range(start, end, BLOCK_POSITIONS):
+    start = part * positions_a_part
+    end = tl.minimum(start + positions_a_part, n_positions)
+    for first in tl.range(start, end, BLOCK_POSITIONS, num_stages=STAGES):
         at, mask = tile_at(first, end, channel, n_channels, n_inner, stride_n, stride_c,
                            stride_inner, CHANNELS_LAST, BLOCK_POSITIONS)  # fmt: skip
         x = widen(tl.load(x_ptr + at, mask=mask, other=0.0))
@@ -258,14 +257,14 @@ def chunk_sums(
     n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner,
     CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, FROM_OUTPUT: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Σ dz and Σ dz (x - mean) of each channel over the positions from start to end."""
     shape: tl.constexpr = (
         (BLOCK_POSITIONS, BLOCK_CHANNELS) if CHANNELS_LAST else (BLOCK_CHANNELS, BLOCK_POSITIONS)
     )
     sums, products = tl.zeros(shape, mean.dtype), tl.zeros(shape, mean.dtype)
-    for first in tl.range(start, end, BLOCK_POSITIONS):
+    for first in tl.range(start, end, BLOCK_POSITIONS, num_stages=STAGES):
         dz, apart, _, _ = gradient_tile(
             dy_ptr, x_ptr, residual_ptr, bits_ptr, first, end, first_channel, mean, scale, bias,
             n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, CHANNELS_LAST,
@@ -280,11 +279,11 @@ def chunk_sums(
 def gradient_sums_kernel(
     dy_ptr, x_ptr, residual_ptr, bits_ptr, weight_ptr, bias_ptr, mean_ptr, invstd_ptr, partial_ptr,
     n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, positions_a_chunk,
-    N_CHUNKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr,
-    GRADIENT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, FROM_OUTPUT: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, FROM_OUTPUT: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk, Σ dz and Σ dz (x - mean) invstd: partial (2, N_CHUNKS, n_channels)."""
+    """Of each chunk, Σ dz and Σ dz (x - mean) invstd: partial (2, chunks, n_channels)."""
     tiles_across = tl.cdiv(n_channels, BLOCK_CHANNELS)
     chunk = tl.program_id(0) // tiles_across
     first_channel = tl.program_id(0) % tiles_across * BLOCK_CHANNELS
@@ -298,45 +297,48 @@ def gradient_sums_kernel(
     sums, products = chunk_sums(
         dy_ptr, x_ptr, residual_ptr, bits_ptr, start, end, first_channel, mean, scale, bias,
         n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, CHANNELS_LAST,
-        ACTIVATION, GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
+        ACTIVATION, GRADIENT, P0, P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS, STAGES,
     )  # fmt: skip
     out = partial_ptr + chunk * n_channels + channel
     tl.store(out, sums, mask=channel < n_channels)
-    tl.store(out + N_CHUNKS * n_channels, products * invstd, mask=channel < n_channels)
+    n_chunks = tl.num_programs(0) // tiles_across
+    tl.store(out + n_chunks * n_channels, products * invstd, mask=channel < n_channels)
 
 
 @triton.jit
 def input_gradient_kernel(
     dy_ptr, x_ptr, residual_ptr, bits_ptr, weight_ptr, bias_ptr, mean_ptr, invstd_ptr, partial_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
-    n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, positions_a_chunk, n_total,
-    N_PARTIAL: tl.constexpr, TRAINING: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, positions_a_part, n_total,
+    n_chunks, N_CHUNKS: tl.constexpr, TRAINING: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     FROM_OUTPUT: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = weight invstd (dz - (Σ dz + (x - mean) invstd Σ dz (x - mean) invstd) / n_total).
 
     Where the statistics were not the batch's, dx = weight invstd dz. dresidual is dz; dweight and
-    dbias are the two sums, of partial (2, N_PARTIAL, n_channels).
+    dbias are the two sums, of partial (2, n_chunks, n_channels).
     """
     tiles_across = tl.cdiv(n_channels, BLOCK_CHANNELS)
-    chunk = tl.program_id(0) // tiles_across
+    part = tl.program_id(0) // tiles_across
     first_channel = tl.program_id(0) % tiles_across * BLOCK_CHANNELS
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
-    known = (channel < n_channels) & (chunk == 0)
+    known = (channel < n_channels) & (part == 0)
     mean = load_or(mean_ptr, channel, n_channels, 0.0)
     invstd = load_or(invstd_ptr, channel, n_channels, 0.0)
     scale = by_channel(invstd * load_or(weight_ptr, channel, n_channels, 1.0), CHANNELS_LAST)
     bias = by_channel(load_or(bias_ptr, channel, n_channels, 0.0), CHANNELS_LAST)
     if partial_ptr is not None:
-        total, product = whole_sums(partial_ptr, channel, n_channels, N_PARTIAL)
+        sums, products, _ = all_partial(partial_ptr, channel, n_channels, n_chunks, N_CHUNKS)
+        total, product = tl.sum(sums, axis=0), tl.sum(products, axis=0)
         if dweight_ptr is not None:
             tl.store(dweight_ptr + channel, product.to(dweight_ptr.dtype.element_ty), mask=known)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + channel, total.to(dbias_ptr.dtype.element_ty), mask=known)
-    start = chunk * positions_a_chunk
-    end = tl.minimum(start + positions_a_chunk, n_positions)
-    for first in tl.range(start, end, BLOCK_POSITIONS):
+    start = part * positions_a_part
+    end = tl.minimum(start + positions_a_part, n_positions)
+    for first in tl.range(start, end, BLOCK_POSITIONS, num_stages=STAGES):
         dz, apart, at, mask = gradient_tile(
             dy_ptr, x_ptr, residual_ptr, bits_ptr, first, end, first_channel, mean, scale, bias,
             n_positions, n_channels, n_inner, stride_n, stride_c, stride_inner, CHANNELS_LAST,

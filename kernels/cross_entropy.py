@@ -30,7 +30,16 @@ from gpunn.kernels.cross_entropy_tiles import (
 from gpunn.kernels.elementwise import LAUNCH as SCALE
 from gpunn.kernels.launch import Launch, cdiv, device_of, operator, run
 from gpunn.kernels.numeric import widen
-from gpunn.kernels.softmax import INNER, LAST, LONG, SoftmaxLaunch, row_numbers, tile_rows
+from gpunn.kernels.softmax import (
+    INNER,
+    LAST,
+    LONG,
+    SoftmaxLaunch,
+    row_numbers,
+    stages_for,
+    tile_rows,
+    whole_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class TotalsLaunch(Launch):
 
 
 TOTALS = TotalsLaunch()
+# Rows that are read once, of which any number may be on its way: four programs a multiprocessor.
+ONCE = SoftmaxLaunch(16, block_rows=1, block_cols=4096)
 MOST_HELD = 8192  # columns of a row in registers until its gradient; 16384, weighted, spill
 MOST_TOTALS = 64  # which each program of the forward kernel adds for itself: 256 bytes
 
@@ -51,7 +62,7 @@ def cross_entropy_forward_kernel(
     n_rows, n_cols, n_inner, n_totals, divisor, ignore_index, smoothing,
     PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, LAST_DIM: tl.constexpr,
     ONE_PASS: tl.constexpr, MOST_TOTALS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Loss, weight and lse of rows. A program owns BLOCK_ROWS rows.
 
@@ -60,10 +71,11 @@ def cross_entropy_forward_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
-    rows = row_numbers(first, n_cols, n_inner, LAST_DIM)
+    rows = row_numbers(program, n_inner, LAST_DIM, BLOCK_ROWS)
     stride, block = 1 if LAST_DIM else n_inner, tl.arange(0, BLOCK_COLS)
     out_type: tl.constexpr = tl.float64 if lse_ptr.dtype.element_ty == tl.float64 else tl.float32
-    zeros = tl.zeros((BLOCK_ROWS,), dtype=out_type)
+    parts: tl.constexpr = (BLOCK_COLS + 7) // 8 if LAST_DIM and not ONE_PASS else 1
+    zeros = tl.zeros((BLOCK_ROWS, parts), dtype=out_type)
     peak, total, weights, weighted = zeros - float("inf"), zeros, zeros, zeros
     if ONE_PASS:
         x, at, inside = logits_tile(x_ptr, first, is_row, block, n_cols, stride)
@@ -72,12 +84,14 @@ def cross_entropy_forward_kernel(
             weighted, PROBABILITIES, SMOOTH,
         )  # fmt: skip
     else:
-        for col in tl.range(0, n_cols, BLOCK_COLS):
+        for col in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
             x, at, inside = logits_tile(x_ptr, first, is_row, col + block, n_cols, stride)
             peak, total, weights, weighted = statistics(
                 x, target_ptr, weight_ptr, at, inside, col + block, n_cols, smoothing, peak, total,
                 weights, weighted, PROBABILITIES, SMOOTH,
             )  # fmt: skip
+    peak, total = whole_rows(peak, total)
+    weights, weighted = tl.sum(weights, 1), tl.sum(weighted, 1)
     lse = peak + tl.log(total)
     y, counts, row_weight = rows, is_row, weights
     if PROBABILITIES:
@@ -92,10 +106,11 @@ def cross_entropy_forward_kernel(
     tl.store(row_weight_ptr + rows, row_weight, mask=is_row)
     tl.store(lse_ptr + rows, lse, mask=is_row)
     if dx_ptr is not None:
-        scale = zeros + 1 / divisor
+        scale = tl.zeros_like(lse) + 1 / divisor
         if totals_ptr is not None:
             part = tl.arange(0, MOST_TOTALS)
-            scale = zeros + 1 / tl.sum(tl.load(totals_ptr + part, mask=part < n_totals, other=0.0))
+            totals = tl.load(totals_ptr + part, mask=part < n_totals, other=0.0)
+            scale = tl.zeros_like(lse) + 1 / tl.sum(totals)
         if ONE_PASS:
             store_gradient(
                 x, target_ptr, weight_ptr, dx_ptr, at, inside, block, scale, y, counts, lse,
@@ -103,7 +118,8 @@ def cross_entropy_forward_kernel(
             )  # fmt: skip
         else:
             last = (n_cols - 1) // BLOCK_COLS * BLOCK_COLS
-            for back in tl.range(0, n_cols, BLOCK_COLS):  # the end is what the caches hold
+            # backwards: the end is what the caches hold
+            for back in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
                 cols = last - back + block
                 x, at, inside = logits_tile(x_ptr, first, is_row, cols, n_cols, stride)
                 store_gradient(
@@ -125,9 +141,9 @@ def cross_entropy_backward_kernel(
     The columns are the classes from ``first_class`` on, of ``n_classes``. A program owns one tile.
     """
     across = tl.cdiv(n_cols, BLOCK_COLS)
-    program = tl.program_id(0).to(tl.int64) // across
+    program = (tl.program_id(0) // across).to(tl.int64)
     first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
-    rows = row_numbers(first, n_cols, n_inner, LAST_DIM)
+    rows = row_numbers(program, n_inner, LAST_DIM, BLOCK_ROWS)
     cols = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     x, at, inside = logits_tile(x_ptr, first, is_row, cols, n_cols, 1 if LAST_DIM else n_inner)
     lse = tl.load(lse_ptr + rows, mask=is_row, other=0.0)
@@ -179,10 +195,11 @@ def scale_kernel(scale_ptr, x_ptr, n_elements, BLOCK: tl.constexpr):
             tl.store(x_ptr + index, scaled.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_up_to(longest: SoftmaxLaunch, n_cols: int, n_inner: int) -> SoftmaxLaunch:
-    """Softmax's tiles up to the ``longest``, along which longer rows are walked."""
-    tiles, widest = (LAST, longest) if n_inner == 1 else (INNER, INNER[-1])
-    return next((t for t in tiles if n_cols <= t.block_cols <= longest.block_cols), widest)
+def launch_for(n_cols: int, n_inner: int, twice: bool = False) -> SoftmaxLaunch:
+    """Softmax's tiles for rows of up to ``MOST_HELD`` columns; longer ones are walked along."""
+    longer = LONG if twice else ONCE
+    tiles, widest = (LAST, longer) if n_inner == 1 else (INNER, INNER[-1])
+    return next((t for t in tiles if n_cols <= t.block_cols <= MOST_HELD), widest)
 
 
 def _run(
@@ -211,12 +228,9 @@ def _run(
 
 
 def _forward_fake(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
     smoothing: float,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (x.shape[0], *x.shape[2:])
     loss, row_weight, lse = (x.new_empty(shape, dtype=wide) for _ in range(3))
@@ -229,35 +243,29 @@ def _forward_fake(
     fake=_forward_fake,
 )
 def cross_entropy_forward(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
     smoothing: float,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Loss, weight and lse of each row of x (N, C, *), contiguous.
 
     target (N, *), int64, or, contiguous, probabilities of x's shape. weight (C,).
     """
     outputs = _forward_fake(x, target, weight, ignore_index, smoothing)
     if x.numel():
-        launch = launch_up_to(LONG, x.shape[1], x.shape[2:].numel())
+        launch = launch_for(x.shape[1], x.shape[2:].numel())
         _run(
             "cross_entropy_forward", cross_entropy_forward_kernel,
             (x, target, weight, None, *outputs, None), (0, 1, ignore_index), x, target, smoothing,
             launch, False, ONE_PASS=x.shape[1] <= launch.block_cols, MOST_TOTALS=MOST_TOTALS,
+            STAGES=stages_for(x),
         )  # fmt: skip
     return outputs
 
 
 def _with_gradient_fake(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    mean: bool,
-) -> tuple[torch.Tensor, ...]:
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
+    smoothing: float, mean: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     outputs = _forward_fake(x, target, weight, ignore_index, smoothing)
     return *outputs, torch.empty_like(x)
 
@@ -268,20 +276,16 @@ def _with_gradient_fake(
     fake=_with_gradient_fake,
 )
 def cross_entropy_with_gradient(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    mean: bool,
-) -> tuple[torch.Tensor, ...]:
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int,
+    smoothing: float, mean: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """``cross_entropy_forward``, and dx of the sum of its losses, or of their ``mean``."""
     outputs = _with_gradient_fake(x, target, weight, ignore_index, smoothing, mean)
     if x.numel():
         # Of blocks of 1024 threads a multiprocessor holds one or two: up to 264 rows at a time on a
         # chip of 132, of which the L2 cache (50 MB) keeps what is read again: all of 50,257 classes
         # in bfloat16 (27 MB), most of 128,256 (68 MB), since the last that was read comes first.
-        launch = launch_up_to(LAST[-1], x.shape[1], x.shape[2:].numel())
+        launch = launch_for(x.shape[1], x.shape[2:].numel(), twice=True)
         totals = None
         if mean and not target.is_floating_point():
             totals = _totals(target, weight, outputs[0], x.shape[1], ignore_index)
@@ -290,7 +294,8 @@ def cross_entropy_with_gradient(
         _run(
             "cross_entropy_with_gradient", cross_entropy_forward_kernel,
             (x, target, weight, totals, *outputs), sizes, x, target, smoothing, launch, False,
-            ONE_PASS=x.shape[1] <= min(launch.block_cols, MOST_HELD), MOST_TOTALS=MOST_TOTALS,
+            ONE_PASS=x.shape[1] <= launch.block_cols, MOST_TOTALS=MOST_TOTALS,
+            STAGES=stages_for(x),
         )  # fmt: skip
     return outputs
 
@@ -314,15 +319,9 @@ def _totals(
 
 
 def _backward_fake(
-    dloss: torch.Tensor,
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    row_weight: torch.Tensor,
-    lse: torch.Tensor,
-    ignore_index: int,
-    smoothing: float,
-) -> torch.Tensor:
+    dloss: torch.Tensor, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None,
+    row_weight: torch.Tensor, lse: torch.Tensor, ignore_index: int, smoothing: float,
+) -> torch.Tensor:  # fmt: skip
     return torch.empty_like(x)
 
 
@@ -369,7 +368,7 @@ def write_gradient(
     """
     x: Any = tensors[1]
     target: Any = tensors[2]
-    launch = launch_up_to(LONG, x.shape[1], x.shape[2:].numel())
+    launch = launch_for(x.shape[1], x.shape[2:].numel())
     sizes = first_class, n_classes, ignore_index
     _run(
         name, cross_entropy_backward_kernel, tensors, sizes, x, target, smoothing, launch, True

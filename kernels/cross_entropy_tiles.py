@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpunn.kernels.numeric import widen
+from gpunn.kernels.numeric import exp_or_0, widen
+from gpunn.kernels.softmax import run_along, sums_of_parts
 
 
 @triton.jit
@@ -55,22 +56,21 @@ def statistics(
     x, target_ptr, weight_ptr, at, inside, cols, n_cols, smoothing, peak, total, weights, weighted,
     PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """What runs along rows, after one more tile of them.
+    """What runs along parts of rows, after one more tile of them.
 
     The maximum, Σ exp(x - maximum) and, of probabilities or with smoothing, Σ and Σ x of
     ``wanted_of``.
     """
+    parts: tl.constexpr = peak.shape[1]
     s = tl.where(inside, x, -float("inf"))
-    highest = tl.maximum(peak, tl.max(s, 1))
-    shift = tl.where(highest == -float("inf"), 0.0, highest)
-    total = total * tl.exp(peak - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
+    peak, total = run_along(s, peak, total, parts)
     if PROBABILITIES or SMOOTH:
         share = wanted_of(target_ptr, weight_ptr, at, inside, cols, n_cols, smoothing, x,
                           PROBABILITIES)  # fmt: skip
         share = tl.where(inside, share, 0.0)
-        weights += tl.sum(share, 1)
-        weighted += tl.sum(share * x, 1)
-    return highest, total, weights, weighted
+        weights += sums_of_parts(share, parts)
+        weighted += sums_of_parts(share * x, parts)
+    return peak, total, weights, weighted
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def store_gradient(
     ``weight_sum``, of classes with smoothing, is Σ w_c. The columns are the classes from
     ``first_class`` on, of ``n_classes``.
     """
-    p = tl.exp(x - lse[:, None])
+    p = exp_or_0(x - lse[:, None])
     if PROBABILITIES:
         dx = p * row_weight[:, None] - wanted_of(target_ptr, weight_ptr, at, inside, cols, n_cols,
                                                  smoothing, x, PROBABILITIES)  # fmt: skip

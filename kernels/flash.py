@@ -48,6 +48,21 @@ def load_rows(
 
 
 @triton.jit
+def load_tile(
+    x, batch, head, row, n_rows, stride_row, stride_col,
+    N_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """``load_rows`` of one head, of a descriptor of all or, where there is none, its pointer."""
+    if BY_DESCRIPTOR:
+        at = [batch.to(tl.int32), head.to(tl.int32), row, 0]
+        tile = x.load(at).reshape(BLOCK_ROWS, BLOCK_COLS)
+    else:
+        tile = load_rows(x, row, n_rows, stride_row, stride_col, N_COLS, BLOCK_ROWS, BLOCK_COLS)
+    return tile
+
+
+@triton.jit
 def store_rows(
     ptr, tile, row, n_rows, stride_row, stride_col,
     N_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -138,33 +153,35 @@ def scores(
     if HAS_SOFTCAP:
         t = tanh(s, 0.0, 0.0)
         s, derivative = softcap * t, 1 - t * t
-    distance = cols - (rows + offset)
     if HAS_SLOPE:
-        s -= slope * tl.abs(distance)
+        s -= slope * tl.abs(cols - (rows + offset))
     if HAS_BIAS:
         s += bias
-    if EDGE:
-        keep = cols < n_cols
+    if EDGE:  # bounds of a row, so that an element costs one comparison or two
+        keep = cols < (tl.minimum(rows + offset + after + 1, n_cols) if AFTER else n_cols)
         if BEFORE:
-            keep = keep & (distance >= -before)
-        if AFTER:
-            keep = keep & (distance <= after)
+            keep = keep & (cols >= rows + offset - before)
         s = tl.where(keep, s, -float("inf"))
     return s, derivative
 
 
 @triton.jit
 def attend(
-    total, peak, norm, q, k_ptr, v_ptr, mask_ptr, seed_ptr, rows, stat_rows, start, end,
-    n_queries, n_keys, n_columns, stride_k_row, stride_k_col, stride_v_row, stride_v_col,
-    stride_mask_row, stride_mask_col, slope, scale, softcap, before, after, offset,
+    total, peak, norm, q, k_ptr, v_ptr, mask_ptr, seed_ptr, batch, key_head, rows, stat_rows,
+    start, end, n_queries, n_keys, n_columns, stride_k_row, stride_k_col, stride_v_row,
+    stride_v_col, stride_mask_row, stride_mask_col, slope, scale, softcap, before, after, offset,
     threshold, dropout_scale,
     HAS_SLOPE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
-    NATURAL: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    NATURAL: tl.constexpr, SCALED_LATE: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, EDGE: tl.constexpr,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys from ``start`` to ``end``: Σ p v, the maxima and Σ p."""
+    """The online softmax over keys from ``start`` to ``end``: Σ p v, the maxima and Σ p.
+
+    SCALED_LATE, the maxima are those of the products, and scale and shift are one instruction.
+    """
+    late = scale if SCALED_LATE else 1.0
     for key in tl.range(start, end, BLOCK_KEYS):
         cols = (key + tl.arange(0, BLOCK_KEYS))[None, :]
         bias, wanted = 0.0, True
@@ -173,23 +190,24 @@ def attend(
                              stride_mask_col)  # fmt: skip
             wanted = tl.max(bias) != -float("inf")
         if wanted:
-            k = load_rows(k_ptr, key, n_keys, stride_k_row, stride_k_col, HEAD, BLOCK_KEYS,
-                          BLOCK_HEAD)  # fmt: skip
+            k = load_tile(k_ptr, batch, key_head, key, n_keys, stride_k_row, stride_k_col, HEAD,
+                          BLOCK_KEYS, BLOCK_HEAD, BY_DESCRIPTOR)  # fmt: skip
             products = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=total.dtype)
-            s, _ = scores(products, bias, rows, cols, n_keys, slope, scale, softcap, before, after,
-                          offset, mask_ptr is not None, HAS_SLOPE, HAS_SOFTCAP, BEFORE, AFTER,
+            s, _ = scores(products, bias, rows, cols, n_keys, slope,
+                          1.0 if SCALED_LATE else scale, softcap, before, after, offset,
+                          mask_ptr is not None, HAS_SLOPE, HAS_SOFTCAP, BEFORE, AFTER,
                           EDGE)  # fmt: skip
             highest = tl.maximum(peak, tl.max(s, 1))
-            shift = finite(highest)
-            p = power(s - shift[:, None], NATURAL)
-            decay = power(peak - shift, NATURAL)
+            shift = finite(highest) * late
+            p = power(s * late - shift[:, None], NATURAL)
+            decay = power(peak * late - shift, NATURAL)
             norm = norm * decay + tl.sum(p, 1)
             peak = highest
             if seed_ptr is not None:
                 p *= dropout_factor(seed_ptr, stat_rows, key, n_columns, threshold, dropout_scale,
                                     QUADS, BLOCK_QUERIES, BLOCK_KEYS)  # fmt: skip
-            v = load_rows(v_ptr, key, n_keys, stride_v_row, stride_v_col, HEAD_V, BLOCK_KEYS,
-                          BLOCK_HEAD_V)  # fmt: skip
+            v = load_tile(v_ptr, batch, key_head, key, n_keys, stride_v_row, stride_v_col, HEAD_V,
+                          BLOCK_KEYS, BLOCK_HEAD_V, BY_DESCRIPTOR)  # fmt: skip
             total = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision=PRECISION,
                            out_dtype=total.dtype)  # fmt: skip
     return total, peak, norm
@@ -208,8 +226,9 @@ def attention_forward_kernel(
     stride_slopes_batch, stride_slopes_head, stride_stat_batch, stride_stat_head,
     scale, softcap, threshold, dropout_scale,
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
-    AFTER: tl.constexpr, NATURAL: tl.constexpr, QUADS: tl.constexpr, UNEVEN: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+    AFTER: tl.constexpr, NATURAL: tl.constexpr, SCALED_LATE: tl.constexpr, QUADS: tl.constexpr,
+    UNEVEN: tl.constexpr, PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """y = dropout(softmax(s)) v, and of each row the maximum of s and the sum of exp(s - maximum).
@@ -223,9 +242,10 @@ def attention_forward_kernel(
     first_q, n_q = sequence(starts_q_ptr, batch, n_queries)
     first_k, n_k = sequence(starts_k_ptr, batch, n_keys)
     wide, wide_head, key_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-    q_ptr += wide * stride_q_batch + wide_head * stride_q_head + first_q * stride_q_row
-    k_ptr += wide * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
-    v_ptr += wide * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
+    if not BY_DESCRIPTOR:
+        q_ptr += wide * stride_q_batch + wide_head * stride_q_head + first_q * stride_q_row
+        k_ptr += wide * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
+        v_ptr += wide * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
     first_stat = wide * stride_stat_batch + wide_head * stride_stat_head + first_q
     if mask_ptr is not None:
         mask_batch = batch_of_mask(mask_batches_ptr, wide)
@@ -236,7 +256,8 @@ def attention_forward_kernel(
     row_index = row + tl.arange(0, BLOCK_QUERIES)
     rows, stat_rows = row_index[:, None], first_stat + row_index
     out_type: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
-    q = load_rows(q_ptr, row, n_q, stride_q_row, stride_q_col, HEAD, BLOCK_QUERIES, BLOCK_HEAD)
+    q = load_tile(q_ptr, batch, head, row, n_q, stride_q_row, stride_q_col, HEAD, BLOCK_QUERIES,
+                  BLOCK_HEAD, BY_DESCRIPTOR)  # fmt: skip
     total = tl.zeros((BLOCK_QUERIES, BLOCK_HEAD_V), dtype=out_type)
     peak = tl.full((BLOCK_QUERIES,), -float("inf"), dtype=out_type)
     norm = tl.zeros((BLOCK_QUERIES,), dtype=out_type)
@@ -252,13 +273,15 @@ def attention_forward_kernel(
         upper = whole_start if part == 0 else whole_end if part == 1 else end
         if (HAS_MASK or AFTER or UNEVEN) if part == 2 else not HAS_MASK and (BEFORE or part == 1):
             total, peak, norm = attend(
-                total, peak, norm, q, k_ptr, v_ptr, mask_ptr, seed_ptr, rows, stat_rows, lower,
-                upper, n_q, n_k, n_keys, stride_k_row, stride_k_col, stride_v_row, stride_v_col,
-                stride_mask_row, stride_mask_col, slope, scale, softcap, before, after, offset,
-                threshold, dropout_scale, slopes_ptr is not None, HAS_SOFTCAP, BEFORE, AFTER,
-                NATURAL, QUADS, PRECISION, part != 1, HEAD, HEAD_V, BLOCK_HEAD, BLOCK_HEAD_V,
-                BLOCK_QUERIES, BLOCK_KEYS,
+                total, peak, norm, q, k_ptr, v_ptr, mask_ptr, seed_ptr, batch, key_head, rows,
+                stat_rows, lower, upper, n_q, n_k, n_keys, stride_k_row, stride_k_col,
+                stride_v_row, stride_v_col, stride_mask_row, stride_mask_col, slope, scale,
+                softcap, before, after, offset, threshold, dropout_scale, slopes_ptr is not None,
+                HAS_SOFTCAP, BEFORE, AFTER, NATURAL, SCALED_LATE, QUADS, PRECISION, BY_DESCRIPTOR,
+                part != 1, HEAD, HEAD_V, BLOCK_HEAD, BLOCK_HEAD_V, BLOCK_QUERIES, BLOCK_KEYS,
             )  # fmt: skip
+    if SCALED_LATE:
+        peak *= scale
     y = total / tl.where(norm == 0, 1.0, norm)[:, None]
     at_y = wide * stride_y_batch + wide_head * stride_y_head + first_q * stride_y_row
     store_rows(y_ptr + at_y, y, row, n_q, stride_y_row, stride_y_col, HEAD_V, BLOCK_QUERIES,

@@ -1,4 +1,4 @@
-"""Gradients of attention, by tiles: those of keys and values, of queries, and of an additive mask.
+"""Gradients of attention, by tiles: those of keys and values, and those of queries.
 
 With p = softmax(s), d the dropout's factors, and dy the gradient of y = (p d) v::
 
@@ -19,6 +19,7 @@ from gpunn.kernels.flash import (
     bias_tile,
     finite,
     load_rows,
+    load_tile,
     power,
     scores,
     sequence,
@@ -31,21 +32,41 @@ from gpunn.kernels.philox import dropout_factor
 
 
 @triton.jit
-def row_statistics(maxima_ptr, sums_ptr, delta_ptr, at, mask, EXACT: tl.constexpr):
+def shift_of(maxima, sums):
+    """What to subtract from the scores of rows instead of a division of their exp by the sum.
+
+    The difference is rounded as its larger part, of which 16-bit results see nothing.
+    """
+    return finite(maxima) + tl.log2(tl.where(sums == 0, 1.0, sums))
+
+
+@triton.jit
+def load_statistic(ptr, first, rows, n_rows, other, PAST_END: tl.constexpr):
+    """One number of each row; with PAST_END, ``other`` of those that are."""
+    if PAST_END:
+        found = tl.load(ptr + first + rows, mask=rows < n_rows, other=other)
+    else:
+        found = tl.load(ptr + first + rows)
+    return found
+
+
+@triton.jit
+def row_statistics(
+    shifts_ptr, sums_ptr, delta_ptr, first, rows, n_rows, PAST_END: tl.constexpr
+):  # fmt: skip
     """What to subtract from the scores of rows, what to multiply exp of it by, and delta, or 0.
 
-    Not EXACT, the sum is subtracted too, and saves a multiplication; the difference is rounded as
-    its larger part, of which 16-bit results see nothing.
+    Without ``sums_ptr``, the shifts are those of ``shift_of``, and there is no factor; with it,
+    they are the maxima. PAST_END says that rows may be past the last one.
     """
-    shift = finite(tl.load(maxima_ptr + at, mask=mask, other=float("inf")))
-    total = tl.load(sums_ptr + at, mask=mask, other=1.0)
-    total = tl.where(total == 0, 1.0, total)
-    delta = tl.zeros_like(total)
+    shift = load_statistic(shifts_ptr, first, rows, n_rows, float("inf"), PAST_END)
+    factor, delta = tl.zeros_like(shift), tl.zeros_like(shift)
+    if sums_ptr is not None:
+        total = load_statistic(sums_ptr, first, rows, n_rows, 1.0, PAST_END)
+        shift, factor = finite(shift), 1 / tl.where(total == 0, 1.0, total)
     if delta_ptr is not None:
-        delta = tl.load(delta_ptr + at, mask=mask, other=0.0)
-    if EXACT:
-        return shift, 1 / total, delta
-    return shift + tl.log2(total), total, delta
+        delta = load_statistic(delta_ptr, first, rows, n_rows, 0.0, PAST_END)
+    return shift, factor, delta
 
 
 @triton.jit
@@ -74,14 +95,16 @@ def tile_gradients(
 
 @triton.jit
 def attention_delta_kernel(
-    dy_ptr, y_ptr, rest_ptr, delta_ptr, n_heads, n_queries,
+    dy_ptr, y_ptr, rest_ptr, maxima_ptr, sums_ptr, delta_ptr, shifts_ptr, n_heads, n_queries,
     stride_dy_batch, stride_dy_head, stride_dy_row, stride_dy_col,
     stride_y_batch, stride_y_head, stride_y_row, stride_y_col,
     HEAD_V: tl.constexpr, BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """delta = Σ dy (y + rest) of each row, (batch, head, row). A program owns BLOCK_QUERIES rows.
+    """delta = Σ dy (y + rest) of each row, (batch, head, row), and with ``shifts_ptr`` the shift.
 
-    Where the gradients nearly cancel, that of a y of 16 bits alone would be far off.
+    Where the gradients nearly cancel, that of a y of 16 bits alone would be far off. The shift is
+    found here, since each pair of a query and a key would cost a share of its logarithm. A program
+    owns BLOCK_QUERIES rows.
     """
     n_blocks = tl.cdiv(n_queries, BLOCK_QUERIES)
     row, index = tl.program_id(0) % n_blocks * BLOCK_QUERIES, tl.program_id(0) // n_blocks
@@ -96,13 +119,68 @@ def attention_delta_kernel(
                              BLOCK_QUERIES, BLOCK_HEAD_V))  # fmt: skip
     rows = row + tl.arange(0, BLOCK_QUERIES)
     delta = tl.sum(widen(dy) * y, 1)
-    tl.store(delta_ptr + index.to(tl.int64) * n_queries + rows, delta, mask=rows < n_queries)
+    at, mask = index.to(tl.int64) * n_queries + rows, rows < n_queries
+    tl.store(delta_ptr + at, delta, mask=mask)
+    if shifts_ptr is not None:
+        maxima = tl.load(maxima_ptr + at, mask=mask, other=0.0)
+        sums = tl.load(sums_ptr + at, mask=mask, other=1.0)
+        tl.store(shifts_ptr + at, shift_of(maxima, sums), mask=mask)
+
+
+@triton.jit
+def add_key_gradients(
+    dk, dv, k, v, q_ptr, dy_ptr, mask_ptr, seed_ptr, shifts_ptr, sums_ptr, delta_ptr, batch, head,
+    key, cols, start, end, n_queries, n_keys, n_columns, stride_q_row, stride_q_col,
+    stride_dy_row, stride_dy_col, stride_mask_row, stride_mask_col, first_stat, slope, scale,
+    softcap, before, after, offset, threshold, dropout_scale,
+    HAS_SLOPE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    NATURAL: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr, EDGE: tl.constexpr, PAST_END: tl.constexpr, HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Add to dk and dv of a tile of keys what the queries from ``start`` to ``end`` give.
+
+    EDGE says that pairs may be ruled out, PAST_END that there may be fewer queries.
+    """
+    EXACT: tl.constexpr = sums_ptr is not None
+    for row in tl.range(start, end, BLOCK_QUERIES):
+        row_index = row + tl.arange(0, BLOCK_QUERIES)
+        rows, bias, wanted = row_index[None, :], 0.0, True
+        if mask_ptr is not None:
+            bias = bias_tile(mask_ptr, rows, cols, n_queries, n_keys, stride_mask_row,
+                             stride_mask_col)  # fmt: skip
+            wanted = tl.max(bias) != -float("inf")
+        if wanted:
+            q = load_tile(q_ptr, batch, head, row, n_queries, stride_q_row, stride_q_col, HEAD,
+                          BLOCK_QUERIES, BLOCK_HEAD, BY_DESCRIPTOR)  # fmt: skip
+            dy = load_tile(dy_ptr, batch, head, row, n_queries, stride_dy_row, stride_dy_col,
+                           HEAD_V, BLOCK_QUERIES, BLOCK_HEAD_V, BY_DESCRIPTOR)  # fmt: skip
+            shift, factor, delta = row_statistics(
+                shifts_ptr, sums_ptr, delta_ptr, first_stat, row_index, n_queries, PAST_END
+            )
+            products = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=dk.dtype)
+            dp = tl.dot(v, dy.T, input_precision=PRECISION, out_dtype=dk.dtype)
+            dropped = 1.0
+            if seed_ptr is not None:
+                dropped = dropout_factor(seed_ptr, first_stat + row_index, key, n_columns,
+                                         threshold, dropout_scale, QUADS, BLOCK_QUERIES,
+                                         BLOCK_KEYS).T  # fmt: skip
+            kept, _ds, dz = tile_gradients(
+                products, dp, bias, shift[None, :], factor[None, :], delta[None, :], dropped,
+                rows, cols, n_keys, slope, scale, softcap, before, after, offset,
+                mask_ptr is not None, HAS_SLOPE, HAS_SOFTCAP, seed_ptr is not None, BEFORE,
+                AFTER, NATURAL, EXACT, EDGE,
+            )  # fmt: skip
+            dv = tl.dot(kept.to(dy.dtype), dy, dv, input_precision=PRECISION, out_dtype=dv.dtype)
+            dk = tl.dot(dz.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
+    return dk, dv
 
 
 @triton.jit
 def attention_key_gradients_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, mask_batches_ptr, seed_ptr, starts_q_ptr,
-    starts_k_ptr, dy_ptr, maxima_ptr, sums_ptr, delta_ptr, dk_ptr, dv_ptr,
+    starts_k_ptr, dy_ptr, shifts_ptr, sums_ptr, delta_ptr, dk_ptr, dv_ptr,
     n_heads, group, n_queries, n_keys, before, after,
     stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
     stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
@@ -114,9 +192,10 @@ def attention_key_gradients_kernel(
     stride_slopes_batch, stride_slopes_head, stride_stat_batch, stride_stat_head,
     scale, softcap, threshold, dropout_scale, gradient_scale,
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
-    AFTER: tl.constexpr, NATURAL: tl.constexpr, EXACT: tl.constexpr, QUADS: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
-    BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    AFTER: tl.constexpr, NATURAL: tl.constexpr, QUADS: tl.constexpr, UNEVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. A program owns BLOCK_KEYS keys of one head, with all query heads that share it."""
     n_blocks = tl.cdiv(n_keys, BLOCK_KEYS)
@@ -126,61 +205,54 @@ def attention_key_gradients_kernel(
     batch, key_head = (index // n_key_heads).to(tl.int64), (index % n_key_heads).to(tl.int64)
     first_q, n_q = sequence(starts_q_ptr, batch, n_queries)
     first_k, n_k = sequence(starts_k_ptr, batch, n_keys)
-    at_k = batch * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
-    at_v = batch * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
-    k = load_rows(k_ptr + at_k, key, n_k, stride_k_row, stride_k_col, HEAD, BLOCK_KEYS, BLOCK_HEAD)
-    v = load_rows(v_ptr + at_v, key, n_k, stride_v_row, stride_v_col, HEAD_V, BLOCK_KEYS,
-                  BLOCK_HEAD_V)  # fmt: skip
+    if not BY_DESCRIPTOR:
+        k_ptr += batch * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
+        v_ptr += batch * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
+    k = load_tile(k_ptr, batch, key_head, key, n_k, stride_k_row, stride_k_col, HEAD, BLOCK_KEYS,
+                  BLOCK_HEAD, BY_DESCRIPTOR)  # fmt: skip
+    v = load_tile(v_ptr, batch, key_head, key, n_k, stride_v_row, stride_v_col, HEAD_V, BLOCK_KEYS,
+                  BLOCK_HEAD_V, BY_DESCRIPTOR)  # fmt: skip
     offset = n_k - n_q if LOWER_RIGHT else 0
     cols = (key + tl.arange(0, BLOCK_KEYS))[:, None]
     out_type: tl.constexpr = tl.float64 if dk_ptr.dtype.element_ty == tl.float64 else tl.float32
     dk = tl.zeros((BLOCK_KEYS, BLOCK_HEAD), dtype=out_type)
     dv = tl.zeros((BLOCK_KEYS, BLOCK_HEAD_V), dtype=out_type)
-    start, _whole_start, _whole_end, end = visible_range(
+    start, whole_start, whole_end, end = visible_range(
         key - offset, tl.minimum(key + BLOCK_KEYS, n_k) - 1 - offset,
         tl.where(key < n_k, n_q, 0), after, before, AFTER, BEFORE, BLOCK_QUERIES
     )  # fmt: skip
     mask_batch = batch_of_mask(mask_batches_ptr, batch)
+    HAS_MASK: tl.constexpr = mask_ptr is not None
+    ONE_LOOP: tl.constexpr = HAS_MASK or BLOCK_HEAD > 128 or BLOCK_HEAD_V > 128
+    if ONE_LOOP:  # to save code and registers
+        whole_end = start
     for member in range(group):
         head = key_head * group + member
-        at_q = batch * stride_q_batch + head * stride_q_head + first_q * stride_q_row
-        at_dy = batch * stride_dy_batch + head * stride_dy_head + first_q * stride_dy_row
+        q_head_ptr, dy_head_ptr, mask_head_ptr = q_ptr, dy_ptr, mask_ptr
+        if not BY_DESCRIPTOR:
+            q_head_ptr += batch * stride_q_batch + head * stride_q_head + first_q * stride_q_row
+            dy_head_ptr += batch * stride_dy_batch + head * stride_dy_head + first_q * stride_dy_row
+        if HAS_MASK:
+            mask_head_ptr += mask_batch * stride_mask_batch + head * stride_mask_head
         first_stat = batch * stride_stat_batch + head * stride_stat_head + first_q
         slope = slope_of(slopes_ptr, batch * stride_slopes_batch + head * stride_slopes_head,
                          NATURAL)  # fmt: skip
-        for row in tl.range(start, end, BLOCK_QUERIES):
-            row_index = row + tl.arange(0, BLOCK_QUERIES)
-            rows, bias, wanted = row_index[None, :], 0.0, True
-            if mask_ptr is not None:
-                at_mask = mask_batch * stride_mask_batch + head * stride_mask_head
-                bias = bias_tile(mask_ptr + at_mask, rows, cols, n_q, n_k, stride_mask_row,
-                                 stride_mask_col)  # fmt: skip
-                wanted = tl.max(bias) != -float("inf")
-            if wanted:
-                q = load_rows(q_ptr + at_q, row, n_q, stride_q_row, stride_q_col, HEAD,
-                              BLOCK_QUERIES, BLOCK_HEAD)  # fmt: skip
-                dy = load_rows(dy_ptr + at_dy, row, n_q, stride_dy_row, stride_dy_col, HEAD_V,
-                               BLOCK_QUERIES, BLOCK_HEAD_V)  # fmt: skip
-                shift, factor, delta = row_statistics(
-                    maxima_ptr, sums_ptr, delta_ptr, first_stat + row_index, row_index < n_q, EXACT
-                )
-                products = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=out_type)
-                dp = tl.dot(v, dy.T, input_precision=PRECISION, out_dtype=out_type)
-                dropped = 1.0
-                if seed_ptr is not None:
-                    dropped = dropout_factor(seed_ptr, first_stat + row_index, key, n_keys,
-                                             threshold, dropout_scale, QUADS, BLOCK_QUERIES,
-                                             BLOCK_KEYS).T  # fmt: skip
-                kept, _ds, dz = tile_gradients(
-                    products, dp, bias, shift[None, :], factor[None, :], delta[None, :], dropped,
-                    rows, cols, n_k, slope, scale, softcap, before, after, offset,
-                    mask_ptr is not None, slopes_ptr is not None, HAS_SOFTCAP,
-                    seed_ptr is not None, BEFORE, AFTER, NATURAL, EXACT, BEFORE or AFTER,
+        # Whole tiles first: the other way round the assembler waits for each product.
+        for part in tl.static_range(3):
+            lower = whole_start if part == 0 else start if part == 1 else whole_end
+            upper = whole_end if part == 0 else whole_start if part == 1 else end
+            some = (ONE_LOOP or BEFORE or UNEVEN) if part == 2 else AFTER or part == 0
+            if some and (part == 2 or not ONE_LOOP):
+                dk, dv = add_key_gradients(
+                    dk, dv, k, v, q_head_ptr, dy_head_ptr, mask_head_ptr, seed_ptr, shifts_ptr,
+                    sums_ptr, delta_ptr, batch, head, key, cols, lower, upper, n_q, n_k, n_keys,
+                    stride_q_row, stride_q_col, stride_dy_row, stride_dy_col, stride_mask_row,
+                    stride_mask_col, first_stat, slope, scale, softcap, before, after, offset,
+                    threshold, dropout_scale, slopes_ptr is not None, HAS_SOFTCAP, BEFORE, AFTER,
+                    NATURAL, QUADS, PRECISION, BY_DESCRIPTOR, part != 0 and (BEFORE or AFTER),
+                    part != 0 and UNEVEN, HEAD, HEAD_V, BLOCK_HEAD, BLOCK_HEAD_V, BLOCK_QUERIES,
+                    BLOCK_KEYS,
                 )  # fmt: skip
-                dv = tl.dot(kept.to(dy.dtype), dy, dv, input_precision=PRECISION,
-                            out_dtype=out_type)  # fmt: skip
-                dk = tl.dot(dz.to(q.dtype), q, dk, input_precision=PRECISION,
-                            out_dtype=out_type)  # fmt: skip
     dk_ptr += batch * stride_dk_batch + key_head * stride_dk_head + first_k * stride_dk_row
     dv_ptr += batch * stride_dv_batch + key_head * stride_dv_head + first_k * stride_dv_row
     store_rows(dk_ptr, dk * gradient_scale, key, n_k, stride_dk_row, stride_dk_col, HEAD,
@@ -190,9 +262,53 @@ def attention_key_gradients_kernel(
 
 
 @triton.jit
+def add_query_gradient(
+    dq, total, q, dy, k_ptr, v_ptr, mask_ptr, seed_ptr, shift, factor, delta, batch, key_head,
+    rows, stat_rows, start, end, n_queries, n_keys, n_columns, stride_k_row, stride_k_col,
+    stride_v_row, stride_v_col, stride_mask_row, stride_mask_col, slope, scale, softcap, before,
+    after, offset, threshold, dropout_scale,
+    IS_DELTA: tl.constexpr, HAS_SLOPE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, NATURAL: tl.constexpr, EXACT: tl.constexpr,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, EDGE: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+    BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Add to dq of a tile of rows, or to Σ ds, what keys from ``start`` to ``end`` give."""
+    for key in tl.range(start, end, BLOCK_KEYS):
+        cols, bias, wanted = (key + tl.arange(0, BLOCK_KEYS))[None, :], 0.0, True
+        if mask_ptr is not None:
+            bias = bias_tile(mask_ptr, rows, cols, n_queries, n_keys, stride_mask_row,
+                             stride_mask_col)  # fmt: skip
+            wanted = tl.max(bias) != -float("inf")
+        if wanted:
+            k = load_tile(k_ptr, batch, key_head, key, n_keys, stride_k_row, stride_k_col, HEAD,
+                          BLOCK_KEYS, BLOCK_HEAD, BY_DESCRIPTOR)  # fmt: skip
+            v = load_tile(v_ptr, batch, key_head, key, n_keys, stride_v_row, stride_v_col, HEAD_V,
+                          BLOCK_KEYS, BLOCK_HEAD_V, BY_DESCRIPTOR)  # fmt: skip
+            products = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=dq.dtype)
+            dp = tl.dot(dy, v.T, input_precision=PRECISION, out_dtype=dq.dtype)
+            dropped = 1.0
+            if seed_ptr is not None:
+                dropped = dropout_factor(seed_ptr, stat_rows, key, n_columns, threshold,
+                                         dropout_scale, QUADS, BLOCK_QUERIES,
+                                         BLOCK_KEYS)  # fmt: skip
+            _kept, ds, dz = tile_gradients(
+                products, dp, bias, shift[:, None], factor[:, None], delta[:, None], dropped,
+                rows, cols, n_keys, slope, scale, softcap, before, after, offset,
+                mask_ptr is not None, HAS_SLOPE, HAS_SOFTCAP, seed_ptr is not None, BEFORE,
+                AFTER, NATURAL, EXACT, EDGE,
+            )  # fmt: skip
+            if IS_DELTA:
+                total += tl.sum(ds, 1)
+            else:
+                dq = tl.dot(dz.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
+    return dq, total
+
+
+@triton.jit
 def attention_query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, mask_batches_ptr, seed_ptr, starts_q_ptr,
-    starts_k_ptr, dy_ptr, maxima_ptr, sums_ptr, delta_ptr, dq_ptr,
+    starts_k_ptr, dy_ptr, shifts_ptr, sums_ptr, delta_ptr, dq_ptr,
     n_heads, group, n_queries, n_keys, before, after,
     stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
     stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
@@ -203,8 +319,8 @@ def attention_query_gradient_kernel(
     stride_slopes_batch, stride_slopes_head, stride_stat_batch, stride_stat_head,
     scale, softcap, threshold, dropout_scale, gradient_scale,
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
-    AFTER: tl.constexpr, NATURAL: tl.constexpr, EXACT: tl.constexpr, QUADS: tl.constexpr,
-    UNEVEN: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
+    AFTER: tl.constexpr, NATURAL: tl.constexpr, QUADS: tl.constexpr, UNEVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr,
     BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -220,161 +336,52 @@ def attention_query_gradient_kernel(
     first_q, n_q = sequence(starts_q_ptr, batch, n_queries)
     first_k, n_k = sequence(starts_k_ptr, batch, n_keys)
     key_head = head // group
-    at_q = batch * stride_q_batch + head * stride_q_head + first_q * stride_q_row
-    at_k = batch * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
-    at_v = batch * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
-    at_dy = batch * stride_dy_batch + head * stride_dy_head + first_q * stride_dy_row
+    if not BY_DESCRIPTOR:
+        q_ptr += batch * stride_q_batch + head * stride_q_head + first_q * stride_q_row
+        k_ptr += batch * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
+        v_ptr += batch * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
+        dy_ptr += batch * stride_dy_batch + head * stride_dy_head + first_q * stride_dy_row
+    HAS_MASK: tl.constexpr = mask_ptr is not None
+    if HAS_MASK:
+        mask_batch = batch_of_mask(mask_batches_ptr, batch)
+        mask_ptr += mask_batch * stride_mask_batch + head * stride_mask_head
     slope = slope_of(slopes_ptr, batch * stride_slopes_batch + head * stride_slopes_head, NATURAL)
     row_index = row + tl.arange(0, BLOCK_QUERIES)
     first_stat = batch * stride_stat_batch + head * stride_stat_head + first_q
     shift, factor, delta = row_statistics(
-        maxima_ptr, sums_ptr, None if dq_ptr is None else delta_ptr, first_stat + row_index,
-        row_index < n_q, EXACT
+        shifts_ptr, sums_ptr, None if dq_ptr is None else delta_ptr, first_stat, row_index, n_q,
+        True
     )  # fmt: skip
-    q = load_rows(q_ptr + at_q, row, n_q, stride_q_row, stride_q_col, HEAD, BLOCK_QUERIES,
-                  BLOCK_HEAD)  # fmt: skip
-    dy = load_rows(dy_ptr + at_dy, row, n_q, stride_dy_row, stride_dy_col, HEAD_V, BLOCK_QUERIES,
-                   BLOCK_HEAD_V)  # fmt: skip
+    q = load_tile(q_ptr, batch, head, row, n_q, stride_q_row, stride_q_col, HEAD, BLOCK_QUERIES,
+                  BLOCK_HEAD, BY_DESCRIPTOR)  # fmt: skip
+    dy = load_tile(dy_ptr, batch, head, row, n_q, stride_dy_row, stride_dy_col, HEAD_V,
+                   BLOCK_QUERIES, BLOCK_HEAD_V, BY_DESCRIPTOR)  # fmt: skip
     offset, rows = n_k - n_q if LOWER_RIGHT else 0, row_index[:, None]
-    out_type: tl.constexpr = maxima_ptr.dtype.element_ty
+    out_type: tl.constexpr = shifts_ptr.dtype.element_ty
     dq = tl.zeros((BLOCK_QUERIES, BLOCK_HEAD), dtype=out_type)
     total = tl.zeros((BLOCK_QUERIES,), dtype=out_type)
-    start, _whole_start, _whole_end, end = visible_range(
+    start, whole_start, whole_end, end = visible_range(
         row + offset, tl.minimum(row + BLOCK_QUERIES, n_q) - 1 + offset,
         tl.where(row < n_q, n_k, 0), before, after, BEFORE, AFTER, BLOCK_KEYS
     )  # fmt: skip
-    mask_batch = batch_of_mask(mask_batches_ptr, batch)
-    for key in tl.range(start, end, BLOCK_KEYS):
-        cols, bias, wanted = (key + tl.arange(0, BLOCK_KEYS))[None, :], 0.0, True
-        if mask_ptr is not None:
-            at_mask = mask_batch * stride_mask_batch + head * stride_mask_head
-            bias = bias_tile(mask_ptr + at_mask, rows, cols, n_q, n_k, stride_mask_row,
-                             stride_mask_col)  # fmt: skip
-            wanted = tl.max(bias) != -float("inf")
-        if wanted:
-            k = load_rows(k_ptr + at_k, key, n_k, stride_k_row, stride_k_col, HEAD, BLOCK_KEYS,
-                          BLOCK_HEAD)  # fmt: skip
-            v = load_rows(v_ptr + at_v, key, n_k, stride_v_row, stride_v_col, HEAD_V, BLOCK_KEYS,
-                          BLOCK_HEAD_V)  # fmt: skip
-            products = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=out_type)
-            dp = tl.dot(dy, v.T, input_precision=PRECISION, out_dtype=out_type)
-            dropped = 1.0
-            if seed_ptr is not None:
-                dropped = dropout_factor(
-                    seed_ptr, first_stat + row_index, key, n_keys, threshold, dropout_scale,
-                    QUADS, BLOCK_QUERIES, BLOCK_KEYS,
-                )  # fmt: skip
-            _kept, ds, dz = tile_gradients(
-                products, dp, bias, shift[:, None], factor[:, None], delta[:, None], dropped,
-                rows, cols, n_k, slope, scale, softcap, before, after, offset,
-                mask_ptr is not None, slopes_ptr is not None, HAS_SOFTCAP, seed_ptr is not None,
-                BEFORE, AFTER, NATURAL, EXACT, BEFORE or AFTER or UNEVEN,
+    if HAS_MASK:
+        whole_end = start
+    for part in tl.static_range(3):
+        lower = start if part == 0 else whole_start if part == 1 else whole_end
+        upper = whole_start if part == 0 else whole_end if part == 1 else end
+        if (HAS_MASK or AFTER or UNEVEN) if part == 2 else not HAS_MASK and (BEFORE or part == 1):
+            dq, total = add_query_gradient(
+                dq, total, q, dy, k_ptr, v_ptr, mask_ptr, seed_ptr, shift, factor, delta, batch,
+                key_head, rows, first_stat + row_index, lower, upper, n_q, n_k, n_keys,
+                stride_k_row, stride_k_col, stride_v_row, stride_v_col, stride_mask_row,
+                stride_mask_col, slope, scale, softcap, before, after, offset, threshold,
+                dropout_scale, dq_ptr is None, slopes_ptr is not None, HAS_SOFTCAP, BEFORE, AFTER,
+                NATURAL, sums_ptr is not None, QUADS, PRECISION, BY_DESCRIPTOR, part != 1, HEAD,
+                HEAD_V, BLOCK_HEAD, BLOCK_HEAD_V, BLOCK_QUERIES, BLOCK_KEYS,
             )  # fmt: skip
-            if dq_ptr is None:
-                total += tl.sum(ds, 1)
-            else:
-                dq = tl.dot(dz.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=out_type)
     if dq_ptr is None:
         tl.store(delta_ptr + first_stat + row_index, total, mask=row_index < n_q)
     else:
         dq_ptr += batch * stride_dq_batch + head * stride_dq_head + first_q * stride_dq_row
         store_rows(dq_ptr, dq * gradient_scale, row, n_q, stride_dq_row, stride_dq_col, HEAD,
                    BLOCK_QUERIES, BLOCK_HEAD)  # fmt: skip
-
-
-@triton.jit
-def attention_mask_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, sharers_ptr, seed_ptr, dy_ptr, maxima_ptr, sums_ptr,
-    delta_ptr, dmask_ptr,
-    n_sharers, n_heads, group, n_queries, n_keys, before, after,
-    stride_q_batch, stride_q_head, stride_q_row, stride_q_col,
-    stride_k_batch, stride_k_head, stride_k_row, stride_k_col,
-    stride_v_batch, stride_v_head, stride_v_row, stride_v_col,
-    stride_dy_batch, stride_dy_head, stride_dy_row, stride_dy_col,
-    stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_col,
-    stride_slopes_batch, stride_slopes_head,
-    scale, softcap, threshold, dropout_scale,
-    MASK_HEADS: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
-    AFTER: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr,
-    HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-):  # fmt: skip
-    """dmask = Σ ds over the dimensions along which the mask is repeated; dmask is contiguous.
-
-    A program owns a tile of dmask, and adds up in order: over the ``n_sharers`` batches that share
-    it, which follow one another where ``sharers_ptr`` lists none, and over the dimensions that, as
-    MASK_HEADS and the like say, the mask has not.
-    """
-    down, across = tl.cdiv(n_queries, BLOCK_QUERIES), tl.cdiv(n_keys, BLOCK_KEYS)
-    n_down, n_across = down if MASK_ROWS else 1, across if MASK_COLS else 1
-    index = tl.program_id(0)
-    own_across, own_down = index % n_across, index // n_across % n_down
-    own_head = index // n_across // n_down % (n_heads if MASK_HEADS else 1)
-    own_batch = index // n_across // n_down // (n_heads if MASK_HEADS else 1)
-    sum_heads = 1 if MASK_HEADS else n_heads
-    sum_down, sum_across = 1 if MASK_ROWS else down, 1 if MASK_COLS else across
-    offset = n_keys - n_queries if LOWER_RIGHT else 0
-    out_type: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), dtype=out_type)
-    for step in range(n_sharers * sum_heads * sum_down * sum_across):
-        key = (own_across + step % sum_across) * BLOCK_KEYS
-        row = (own_down + step // sum_across % sum_down) * BLOCK_QUERIES
-        head = (own_head + step // sum_across // sum_down % sum_heads).to(tl.int64)
-        sharer = own_batch * n_sharers + step // sum_across // sum_down // sum_heads
-        batch = batch_of_mask(sharers_ptr, sharer.to(tl.int64))
-        row_index = row + tl.arange(0, BLOCK_QUERIES)
-        rows, cols = row_index[:, None], (key + tl.arange(0, BLOCK_KEYS))[None, :]
-        at_mask = own_batch.to(tl.int64) * stride_mask_batch + head * stride_mask_head
-        bias = bias_tile(mask_ptr + at_mask, rows, cols, n_queries, n_keys, stride_mask_row,
-                         stride_mask_col)  # fmt: skip
-        wanted = tl.max(bias) != -float("inf")
-        if BEFORE:
-            wanted = wanted & (key + BLOCK_KEYS > row + offset - before)
-        if AFTER:
-            wanted = wanted & (key < row + BLOCK_QUERIES + offset + after)
-        if wanted:
-            first_stat = (batch * n_heads + head) * n_queries
-            at_q = batch * stride_q_batch + head * stride_q_head
-            at_k = batch * stride_k_batch + head // group * stride_k_head
-            at_v = batch * stride_v_batch + head // group * stride_v_head
-            at_dy = batch * stride_dy_batch + head * stride_dy_head
-            slope = slope_of(slopes_ptr, batch * stride_slopes_batch + head * stride_slopes_head,
-                             True)  # fmt: skip
-            q = load_rows(q_ptr + at_q, row, n_queries, stride_q_row, stride_q_col, HEAD,
-                          BLOCK_QUERIES, BLOCK_HEAD)  # fmt: skip
-            k = load_rows(k_ptr + at_k, key, n_keys, stride_k_row, stride_k_col, HEAD, BLOCK_KEYS,
-                          BLOCK_HEAD)  # fmt: skip
-            v = load_rows(v_ptr + at_v, key, n_keys, stride_v_row, stride_v_col, HEAD_V,
-                          BLOCK_KEYS, BLOCK_HEAD_V)  # fmt: skip
-            dy = load_rows(dy_ptr + at_dy, row, n_queries, stride_dy_row, stride_dy_col, HEAD_V,
-                           BLOCK_QUERIES, BLOCK_HEAD_V)  # fmt: skip
-            shift, factor, delta = row_statistics(
-                maxima_ptr, sums_ptr, delta_ptr, first_stat + row_index, row_index < n_queries, True
-            )
-            products = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=out_type)
-            dp = tl.dot(dy, v.T, input_precision=PRECISION, out_dtype=out_type)
-            dropped = 1.0
-            if seed_ptr is not None:
-                dropped = dropout_factor(
-                    seed_ptr, first_stat + row_index, key, n_keys, threshold, dropout_scale,
-                    QUADS, BLOCK_QUERIES, BLOCK_KEYS,
-                )  # fmt: skip
-            _kept, ds, _dz = tile_gradients(
-                products, dp, bias, shift[:, None], factor[:, None], delta[:, None], dropped,
-                rows, cols, n_keys, slope, scale, softcap, before, after, offset, True,
-                slopes_ptr is not None, HAS_SOFTCAP, seed_ptr is not None, BEFORE, AFTER, True,
-                True, True,
-            )  # fmt: skip
-            total += ds
-    row, key = own_down * BLOCK_QUERIES, own_across * BLOCK_KEYS
-    rows, cols = row + tl.arange(0, BLOCK_QUERIES)[:, None], key + tl.arange(0, BLOCK_KEYS)[None, :]
-    if not MASK_ROWS:
-        total, rows = tl.sum(total, 0, keep_dims=True), own_down + tl.arange(0, 1)[:, None]
-    if not MASK_COLS:
-        total, cols = tl.sum(total, 1, keep_dims=True), own_across + tl.arange(0, 1)[None, :]
-    n_rows, n_cols = n_queries if MASK_ROWS else 1, n_keys if MASK_COLS else 1
-    n_mask_heads = n_heads if MASK_HEADS else 1
-    first_row = (own_batch.to(tl.int64) * n_mask_heads + own_head) * n_rows
-    tl.store(dmask_ptr + (first_row + rows) * n_cols + cols, total.to(dmask_ptr.dtype.element_ty),
-             mask=(rows < n_rows) & (cols < n_cols))  # fmt: skip

@@ -16,8 +16,6 @@ import torch
 
 from gpunn.kernels.activation import device_functions
 from gpunn.kernels.batch_norm import (
-    CHANNELS_FIRST,
-    CHANNELS_LAST,
     ChannelsLaunch,
     constants,
     dense,
@@ -59,8 +57,10 @@ LONGEST, LONGEST_NARROW = 16384, 8192
 """Elements of a tile; where gradients are held, or memory is not read by 128 bits, more spill."""
 FEWEST_CHANNELS = 32
 """Of a tile with the channels last: 64 bytes in 16-bit types are read together."""
-# Longer groups are read twice, by tiles of batch_norm's; of planes that would leave most of such a
-# tile empty, by a squarer one.
+# Longer groups are read twice, by tiles of 16 elements a thread; of planes that would leave most of
+# such a tile empty, by a squarer one.
+CHANNELS_LAST = ChannelsLaunch(block_positions=128, block_channels=32)
+CHANNELS_FIRST = ChannelsLaunch(block_positions=512, block_channels=8)
 FEW_POSITIONS = ChannelsLaunch(block_positions=64, block_channels=64)
 PARTS = PartsLaunch()
 NAME, NAME_BACKWARD = "group_norm_forward", "group_norm_backward"

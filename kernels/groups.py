@@ -165,7 +165,7 @@ def plane_statistics_kernel(
     plane = first + tl.arange(0, BLOCK_CHANNELS)
     mean, deviations = chunk_statistics(
         x_ptr + run * stride_n, start, end, plane, n_planes, n_positions, 0, stride_c, stride_inner,
-        CHANNELS_LAST, BLOCK_POSITIONS,
+        CHANNELS_LAST, BLOCK_POSITIONS, 1,
     )  # fmt: skip
     out = partial_ptr + chunk.to(tl.int64) * n_all + run * n_planes + plane
     tl.store(out, mean, mask=plane < n_planes)
@@ -285,7 +285,7 @@ def plane_sums_kernel(
         dy_ptr + run * stride_n, x_ptr + run * stride_n, None, None, start, end, first, mean,
         by_channel(invstd * weight, CHANNELS_LAST), by_channel(bias, CHANNELS_LAST), n_positions,
         n_planes, n_positions, 0, stride_c, stride_inner, CHANNELS_LAST, ACTIVATION, GRADIENT, P0,
-        P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS,
+        P1, FROM_OUTPUT, BLOCK_POSITIONS, BLOCK_CHANNELS, 1,
     )  # fmt: skip
     out = partial_ptr + chunk.to(tl.int64) * n_all + run * n_planes + plane
     tl.store(out, sums, mask=plane < n_planes)

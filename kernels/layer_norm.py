@@ -41,6 +41,9 @@ ROWS = tuple(
 # where the second sweep finds them. Backward reads dy and s, and has one program a multiprocessor.
 LONG = RowLaunch(32, block_rows=1, block_cols=8192)
 COLUMNS = RowLaunch(8, block_rows=32, block_cols=128)
+STAGES, PROGRAMS = 2, 4
+"""Of the backward pass, rows of each operand on their way, with the one that is computed with, where
+a tile is a row (some of several rows spill); the programs of a multiprocessor that holds sums."""
 NAME, NAME_BACKWARD = "row_norm_forward", "row_norm_backward"
 
 
@@ -169,7 +172,7 @@ def row_norm_backward(
     if launch == LONG:
         most = device_of(s).n_multiprocessors
     elif held and any(needs[2:]):
-        most = 4 * device_of(s).n_multiprocessors  # enough loads in flight; not measured
+        most = PROGRAMS * device_of(s).n_multiprocessors
     n_programs = min(cdiv(n_rows, launch.block_rows), most)
     sums = [
         s.new_empty((n_programs, n_cols), dtype=wide(s)) if n and held else None for n in needs[2:]
@@ -181,6 +184,7 @@ def row_norm_backward(
             dx if needs[0] else None, dresidual if needs[1] else None, *sums,
             n_rows, n_cols, *dropout_arguments(dropout_p or 1.0), launch=launch, CENTRED=centred,
             QUADS=n_cols % 4 == 0, ONE_PASS=n_cols <= launch.block_cols,
+            STAGES=STAGES if launch.block_rows == 1 else 1,
         )  # fmt: skip
     if not held and any(needs[2:]):
         sums = _column_sums(dy, s, mean, invstd, needs[2:])

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
-from gpunn.kernels.cross_entropy import launch_up_to, sum_of_weights, write_gradient
+from gpunn.kernels.cross_entropy import launch_for, sum_of_weights, write_gradient
 from gpunn.kernels.cross_entropy_tiles import logits_tile, loss_of_class, statistics, target_of
 from gpunn.kernels.launch import cdiv, chosen_backend, operator, record_fallback, run
 from gpunn.kernels.linear import linear_epilogue_backward
 from gpunn.kernels.numeric import widen
 from gpunn.kernels.product import Epilogue, product
-from gpunn.kernels.softmax import LONG
+from gpunn.kernels.softmax import stages_for, whole_rows
 
 FORWARD, BACKWARD = "linear_cross_entropy_forward", "linear_cross_entropy_backward"
 # Logits in memory at one time: 256 MiB in 16 bits; of 8192 rows, 16384 classes. For each byte that
@@ -43,6 +43,7 @@ def chunk_statistics_kernel(
     x_ptr, target_ptr, weight_ptr, weight_sum_ptr, state_ptr, loss_ptr, row_weight_ptr, lse_ptr,
     n_rows, n_cols, first_class, n_classes, ignore_index, smoothing,
     SMOOTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The state (4, n_rows) of rows after one more chunk, of ``n_cols`` classes; x is its logits.
 
@@ -53,21 +54,26 @@ def chunk_statistics_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = rows < n_rows
     stride = tl.cast(n_rows, tl.int64)
-    peak = tl.load(state_ptr + rows, mask=is_row, other=0.0)
-    total = tl.load(state_ptr + stride + rows, mask=is_row, other=0.0)
+    parts: tl.constexpr = (BLOCK_COLS + 7) // 8
+    part = tl.arange(0, parts)[None, :]  # the first goes on from what is known of the row
+    state, known = state_ptr + rows[:, None] + part, is_row[:, None] & (part == 0)
+    peak = tl.load(state, mask=known, other=-float("inf"))
+    total = tl.load(state + stride, mask=known, other=0.0)
+    weighted = tl.load(state + 3 * stride, mask=known, other=0.0)
     own = tl.load(state_ptr + 2 * stride + rows, mask=is_row, other=0.0)
-    weighted = tl.load(state_ptr + 3 * stride + rows, mask=is_row, other=0.0)
     weights, first = tl.zeros_like(total), rows * n_cols
     share_ptr = weight_ptr
     if weight_ptr is not None:
         share_ptr += first_class
-    for col in tl.range(0, n_cols, BLOCK_COLS):
+    for col in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
         cols = col + tl.arange(0, BLOCK_COLS)
         x, at, inside = logits_tile(x_ptr, first, is_row, cols, n_cols, 1)
         peak, total, weights, weighted = statistics(
             x, target_ptr, share_ptr, at, inside, cols, n_cols, smoothing, peak, total, weights,
             weighted, False, SMOOTH,
         )  # fmt: skip
+    peak, total = whole_rows(peak, total)
+    weighted = tl.sum(weighted, 1)
     y, counts, _is_class, row_weight = target_of(target_ptr, weight_ptr, rows, is_row, n_classes,
                                                  ignore_index)  # fmt: skip
     here = counts & (y >= first_class) & (y < first_class + n_cols)
@@ -168,11 +174,11 @@ def chunk_statistics(
     """Launch ``chunk_statistics_kernel`` on its pointer arguments."""
     logits: Any = tensors[0]
     n_rows, n_cols = logits.shape
-    launch = launch_up_to(LONG, n_cols, 1)
+    launch = launch_for(n_cols, 1)
     run(
         FORWARD, chunk_statistics_kernel, (cdiv(n_rows, launch.block_rows),), *tensors, n_rows,
         n_cols, first_class, n_classes, ignore_index, smoothing, launch=launch,
-        SMOOTH=smoothing > 0,
+        SMOOTH=smoothing > 0, STAGES=stages_for(logits),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from gpunn.kernels.cross_entropy_tiles import target_of
 from gpunn.kernels.launch import Launch, cdiv, operator, run
 from gpunn.kernels.numeric import widen
 from gpunn.kernels.partial_sums import MOST_PARTS, parts_for, sum_parts
-from gpunn.kernels.softmax import INNER, LAST, SoftmaxLaunch, row_numbers, tile_rows
+from gpunn.kernels.softmax import SoftmaxLaunch, row_numbers, tile_rows
 
 NAME, NAME_BACKWARD = "nll_loss_forward", "nll_loss_backward"
 
@@ -30,9 +30,28 @@ class NllLaunch(Launch):
 
 
 LAUNCH = NllLaunch()
-# Tiles of softmax's, 2048 elements of 32, 128, 512 or 2048 classes: a thread writes 16, and nothing
-# of a row must stay together.
-TILES = LAST[1:8:2]
+
+
+@dataclass(frozen=True)
+class GradientLaunch(SoftmaxLaunch):
+    """How many tiles of its rows, one after the other, a program writes."""
+
+    tiles: int = 1
+
+
+# 2048 elements of 32, 128, 512 or 2048 classes: a thread writes 16, and nothing of a row must stay
+# together.
+TILES = tuple(
+    GradientLaunch(4, block_rows=2048 // n_cols, block_cols=n_cols)
+    for n_cols in (32, 128, 512, 2048)
+)
+# Classes that are not the last dimension: threads lie along the rows, and write 16 bytes of each of
+# a few classes at a time, so that little of a tile is beyond the last of 19 or 21. What belongs to
+# a row is read and computed for 32 classes at once. The first is for pictures of up to 64 pixels.
+FEW_PIXELS, PIXELS = (
+    GradientLaunch(n_warps, block_rows=n_rows, block_cols=n_cols, tiles=32 // n_cols)
+    for n_warps, n_rows, n_cols in ((4, 64, 16), (8, 512, 4))
+)
 
 
 @triton.jit
@@ -75,30 +94,34 @@ def nll_loss_forward_kernel(
 def nll_loss_backward_kernel(
     dloss_ptr, target_ptr, weight_ptr, weight_sum_ptr, dx_ptr, n_rows, n_cols, n_inner,
     ignore_index, EACH: tl.constexpr, LAST_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """dx: -w_y dloss / Σ w at the class of each row, and 0. A program owns a tile.
+    """dx: -w_y dloss / Σ w at the class of each row, and 0. A program owns TILES tiles of its rows.
 
     dloss is one number, or one for EACH row.
     """
-    across = tl.cdiv(n_cols, BLOCK_COLS)
-    program = tl.program_id(0).to(tl.int64) // across
+    across = tl.cdiv(n_cols, BLOCK_COLS * TILES)
+    program = (tl.program_id(0) // across).to(tl.int64)
     first, is_row = tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM, BLOCK_ROWS)
-    rows = row_numbers(first, n_cols, n_inner, LAST_DIM)
-    cols = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    y, counts, _is_class, weight = target_of(target_ptr, weight_ptr, rows, is_row, n_cols,
-                                             ignore_index)  # fmt: skip
+    rows = row_numbers(program, n_inner, LAST_DIM, BLOCK_ROWS)
+    y, counts, is_class, weight = target_of(target_ptr, weight_ptr, rows, is_row, n_cols,
+                                            ignore_index)  # fmt: skip
     if EACH:
         scale = widen(tl.load(dloss_ptr + rows, mask=is_row, other=0.0))
     else:
         scale = widen(tl.load(dloss_ptr))
     if weight_sum_ptr is not None:
         scale = scale / tl.load(weight_sum_ptr)
-    is_own = counts[:, None] & (cols[None, :] == y[:, None])
-    dx = tl.where(is_own, (-weight * scale)[:, None], 0.0)
-    at = first[:, None] + cols.to(tl.int64)[None, :] * (1 if LAST_DIM else n_inner)
-    inside = is_row[:, None] & (cols < n_cols)[None, :]
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    own = tl.where(counts & is_class, y, -1).to(tl.int32)
+    value = (-weight * scale).to(dx_ptr.dtype.element_ty)
+    start = tl.program_id(0) % across * (BLOCK_COLS * TILES)
+    for col in tl.range(start, tl.minimum(start + BLOCK_COLS * TILES, n_cols), BLOCK_COLS):
+        cols = col + tl.arange(0, BLOCK_COLS)
+        is_own = cols[None, :] == own[:, None]
+        dx = tl.where(is_own, value[:, None], 0.0)
+        at = first[:, None] + cols.to(tl.int64)[None, :] * (1 if LAST_DIM else n_inner)
+        inside = is_row[:, None] & (cols < n_cols)[None, :]
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def _forward_fake(
@@ -184,11 +207,12 @@ def nll_loss_backward(
     n_rows, n_cols, n_inner = target.numel(), x.shape[1], x.shape[2:].numel()
     last = n_inner == 1 or not dx.is_contiguous()
     n_inner = 1 if last else n_inner
-    launch = launch_for(n_cols, last)
+    launch = launch_for(n_cols, n_inner, last)
     n_programs = cdiv(n_rows if last else n_inner, launch.block_rows)
     n_programs *= 1 if last else n_rows // n_inner
+    n_programs *= cdiv(n_cols, launch.block_cols * launch.tiles)
     run(
-        NAME_BACKWARD, nll_loss_backward_kernel, (n_programs * cdiv(n_cols, launch.block_cols),),
+        NAME_BACKWARD, nll_loss_backward_kernel, (n_programs,),
         dloss.contiguous(), target.contiguous(),
         None if weight is None else weight.contiguous(),
         weight_sum if reduction == "mean" else None, dx, n_rows, n_cols, n_inner, ignore_index,
@@ -197,7 +221,8 @@ def nll_loss_backward(
     return dx
 
 
-def launch_for(n_cols: int, last: bool) -> SoftmaxLaunch:
-    """The narrowest tile that holds all classes; else the widest."""
-    tiles = TILES if last else INNER
-    return next((tile for tile in tiles if n_cols <= tile.block_cols), tiles[-1])
+def launch_for(n_cols: int, n_inner: int, last: bool) -> GradientLaunch:
+    """Of rows, the narrowest tile that holds all classes, else the widest; of pixels, by these."""
+    if not last:
+        return FEW_PIXELS if n_inner <= FEW_PIXELS.block_rows else PIXELS
+    return next((tile for tile in TILES if n_cols <= tile.block_cols), TILES[-1])

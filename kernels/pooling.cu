@@ -27,7 +27,8 @@ __device__ inline Plane<T, N> plane_of(const T* tensor, const Place& at, int row
 }
 
 // y = the maximum of each window; its tap, and its index in its plane, where they are wanted.
-template <typename T, typename P, int N, bool ADAPTIVE, bool HAS_POSITIONS, bool HAS_INDICES>
+template <typename T, typename P, int N, bool ADAPTIVE, int SIZE, int STEP, bool HAS_POSITIONS,
+          bool HAS_INDICES>
 __global__ void max_pool_forward_kernel(const T* x, T* y, P* positions, long long* indices,
                                         Pool pool, long long n_vectors, long long n_channels) {
     long long i = this_thread();
@@ -36,7 +37,7 @@ __global__ void max_pool_forward_kernel(const T* x, T* y, P* positions, long lon
     Wide<T> best[N];
     int where[N];
     Plane<T, N> plane = plane_of<N>(x, at, pool.h.in, pool.w.in, n_channels);
-    max_of_window<ADAPTIVE>(pool, at.h, at.w, plane, best, where);
+    max_of_window<ADAPTIVE, SIZE, STEP>(pool, at.h, at.w, plane, best, where);
     store(y + i * N, narrowed<T>(best));
     Vector<P, N> taps;
     Vector<long long, N> places;
@@ -61,6 +62,29 @@ __global__ void max_pool_backward_kernel(const T* dy, const P* positions, T* dx,
     Plane<P, N> taps = plane_of<N>(positions, at, pool.h.out, pool.w.out, n_channels);
     max_gradient<ADAPTIVE>(pool, at.h, at.w, gradients, taps, sum);
     store(dx + i * N, narrowed<T>(sum));
+}
+
+// The same for windows of SIZE by SIZE, STEP apart: a thread owns a patch of inputs.
+template <typename T, typename P, int N, int SIZE, int STEP>
+__global__ void max_pool_backward_patch_kernel(const T* dy, const P* positions, T* dx, Pool pool,
+                                               long long n_vectors, long long n_channels) {
+    long long i = this_thread();
+    if (i >= n_vectors) return;
+    Patches patches = patches_of<STEP>(pool, 0, pool.h.in);
+    Place at = place_of<N>(i, n_channels, patches.rows, patches.columns);
+    int row = patches.first_row + at.h, column = patches.first_column + at.w;
+    Wide<T> sum[STEP][STEP][N] = {};
+    Plane<T, N> gradients = plane_of<N>(dy, at, pool.h.out, pool.w.out, n_channels);
+    Plane<P, N> taps = plane_of<N>(positions, at, pool.h.out, pool.w.out, n_channels);
+    max_gradient_of_patch<SIZE, STEP>(pool, row, column, gradients, taps, sum);
+#pragma unroll
+    for (int place = 0; place < STEP * STEP; place++) {
+        int ih = row * STEP + place / STEP - pool.h.padding;
+        int iw = column * STEP + place % STEP - pool.w.padding;
+        if (!is_in(pool.h, ih) || !is_in(pool.w, iw)) continue;
+        long long pixel = (at.batch * pool.h.in + ih) * pool.w.in + iw;
+        store(dx + pixel * n_channels + at.first, narrowed<T>(sum[place / STEP][place % STEP]));
+    }
 }
 
 // y = the average of each window.
@@ -90,8 +114,8 @@ __global__ void avg_pool_backward_kernel(const T* dy, T* dx, Pool pool, Average 
 }
 
 // The same as max_pool_forward_kernel, by tiles.
-template <typename T, typename P, bool ADAPTIVE, bool HAS_POSITIONS, bool HAS_INDICES,
-          int TILE_BYTES>
+template <typename T, typename P, bool ADAPTIVE, int SIZE, int STEP, bool HAS_POSITIONS,
+          bool HAS_INDICES, int TILE_BYTES>
 __global__ void max_pool_forward_tile_kernel(const T* x, T* y, P* positions, long long* indices,
                                              Pool pool, long long n_planes, long long planes,
                                              long long rows) {
@@ -105,7 +129,7 @@ __global__ void max_pool_forward_tile_kernel(const T* x, T* y, P* positions, lon
         Wide<T> best[1];
         int where[1];
         Plane<T, 1> inputs = plane_in(x_tile, work.from, plane, pool.h.in, pool.w.in);
-        max_of_window<ADAPTIVE>(pool, oh, ow, inputs, best, where);
+        max_of_window<ADAPTIVE, SIZE, STEP>(pool, oh, ow, inputs, best, where);
         y_tile[offset_of<T>(work.to) + i] = narrow<T>(best[0]);
         if (HAS_POSITIONS) taps_tile[offset_of<P>(work.to) + i] = P(where[0]);
         if (HAS_INDICES) indices[work.to.first + i] = index_of<ADAPTIVE>(pool, oh, ow, where[0]);
@@ -116,7 +140,7 @@ __global__ void max_pool_forward_tile_kernel(const T* x, T* y, P* positions, lon
 }
 
 // The same as max_pool_backward_kernel, by tiles.
-template <typename T, typename P, bool ADAPTIVE, int TILE_BYTES>
+template <typename T, typename P, bool ADAPTIVE, int SIZE, int STEP, int TILE_BYTES>
 __global__ void max_pool_backward_tile_kernel(const T* dy, const P* positions, T* dx, Pool pool,
                                               long long n_planes, long long planes,
                                               long long rows) {
@@ -127,13 +151,33 @@ __global__ void max_pool_backward_tile_kernel(const T* dy, const P* positions, T
     read_band(dy, work.from, n_planes * pool.h.out * pool.w.out, dy_tile);
     read_band(positions, work.from, n_planes * pool.h.out * pool.w.out, taps_tile);
     __syncthreads();
-    for_each_in(work.to, pool.h.in, pool.w.in, [&](int plane, int ih, int iw, int i) {
-        Wide<T> sum[1] = {};
-        Plane<T, 1> gradients = plane_in(dy_tile, work.from, plane, pool.h.out, pool.w.out);
-        Plane<P, 1> taps = plane_in(taps_tile, work.from, plane, pool.h.out, pool.w.out);
-        max_gradient<ADAPTIVE>(pool, ih, iw, gradients, taps, sum);
-        dx_tile[offset_of<T>(work.to) + i] = narrow<T>(sum[0]);
-    });
+    auto gradients = [&](int plane) {
+        return plane_in(dy_tile, work.from, plane, pool.h.out, pool.w.out);
+    };
+    auto taps = [&](int plane) {
+        return plane_in(taps_tile, work.from, plane, pool.h.out, pool.w.out);
+    };
+    if constexpr (SIZE > 0) {
+        for_each_patch<STEP>(pool, work.to, [&](int plane, int row, int column) {
+            Wide<T> sum[STEP][STEP][1] = {};
+            max_gradient_of_patch<SIZE, STEP>(pool, row, column, gradients(plane), taps(plane),
+                                              sum);
+#pragma unroll
+            for (int place = 0; place < STEP * STEP; place++) {
+                int ih = row * STEP + place / STEP - pool.h.padding - work.to.row;
+                int iw = column * STEP + place % STEP - pool.w.padding;
+                if (ih < 0 || ih >= work.to.rows || !is_in(pool.w, iw)) continue;
+                int i = (plane * pool.h.in + ih) * pool.w.in + iw;
+                dx_tile[offset_of<T>(work.to) + i] = narrow<T>(sum[place / STEP][place % STEP][0]);
+            }
+        });
+    } else {
+        for_each_in(work.to, pool.h.in, pool.w.in, [&](int plane, int ih, int iw, int i) {
+            Wide<T> sum[1] = {};
+            max_gradient<ADAPTIVE>(pool, ih, iw, gradients(plane), taps(plane), sum);
+            dx_tile[offset_of<T>(work.to) + i] = narrow<T>(sum[0]);
+        });
+    }
     __syncthreads();
     write_band(dx, work.to, dx_tile);
 }

@@ -85,26 +85,46 @@ __device__ inline int length_of(const Axis& axis, int out, bool with_padding) {
     return min(start + axis.kernel, axis.in + axis.padding) - start;
 }
 
+// One more input of a window, its tap-th.
+template <int N, typename T>
+__device__ inline void take(const Vector<T, N>& found, int tap, Wide<T> (&best)[N],
+                            int (&where)[N]) {
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        Wide<T> value = widen(found.values[k]);
+        bool takes = value > best[k] || value != value;
+        best[k] = takes ? value : best[k];
+        where[k] = takes ? tap : where[k];
+    }
+}
+
+__device__ inline bool is_in(const Axis& axis, int place) { return place >= 0 && place < axis.in; }
+
 // The maximum of a window and its tap, for N channels at once. As PyTorch's: a NaN replaces what
-// was before it, and -inf is kept by its first tap.
-template <bool ADAPTIVE, int N, typename T>
+// was before it, and -inf is kept by its first tap. Windows are SIZE by SIZE and STEP apart, which
+// is known when they are compiled, unless it is 0.
+template <bool ADAPTIVE, int SIZE, int STEP, int N, typename T>
 __device__ inline void max_of_window(const Pool& pool, int oh, int ow, const Plane<T, N>& x,
                                      Wide<T> (&best)[N], int (&where)[N]) {
-    Span h = window_of<ADAPTIVE>(pool.h, oh), w = window_of<ADAPTIVE>(pool.w, ow);
-    for (int k = 0; k < N; k++) {
-        best[k] = __uint_as_float(0xff800000u);
-        where[k] = h.tap * pool.columns + w.tap;
+    for (int k = 0; k < N; k++) best[k] = __uint_as_float(0xff800000u);
+    if constexpr (SIZE > 0) {
+        int top = oh * STEP - pool.h.padding, left = ow * STEP - pool.w.padding;
+        for (int k = 0; k < N; k++) where[k] = max(-top, 0) * SIZE + max(-left, 0);
+#pragma unroll
+        for (int row = 0; row < SIZE; row++) {
+#pragma unroll
+            for (int column = 0; column < SIZE; column++) {
+                if (!is_in(pool.h, top + row) || !is_in(pool.w, left + column)) continue;
+                take(x(top + row, left + column), row * SIZE + column, best, where);
+            }
+        }
+        return;
     }
+    Span h = window_of<ADAPTIVE>(pool.h, oh), w = window_of<ADAPTIVE>(pool.w, ow);
+    for (int k = 0; k < N; k++) where[k] = h.tap * pool.columns + w.tap;
     for (int ih = h.first, row = h.tap; ih < h.end; ih += h.step, row++) {
         for (int iw = w.first, tap = row * pool.columns + w.tap; iw < w.end; iw += w.step, tap++) {
-            Vector<T, N> found = x(ih, iw);
-#pragma unroll
-            for (int k = 0; k < N; k++) {
-                Wide<T> value = widen(found.values[k]);
-                bool takes = value > best[k] || value != value;
-                best[k] = takes ? value : best[k];
-                where[k] = takes ? tap : where[k];
-            }
+            take(x(ih, iw), tap, best, where);
         }
     }
 }
@@ -134,6 +154,49 @@ __device__ inline void max_gradient(const Pool& pool, int ih, int iw, const Plan
             for (int k = 0; k < N; k++) {
                 bool is_it = taps.values[k] == row * pool.columns + column;
                 sum[k] += is_it ? widen(gradient.values[k]) : Wide<T>(0);
+            }
+        }
+    }
+}
+
+// Inputs by patches of STEP by STEP, of which all have the same windows: STEP rows from
+// row * STEP - padding on, and so many columns. The windows' SIZE and STEP are known when they are
+// compiled, which leaves no loop and no division.
+struct Patches {
+    int first_row, rows, first_column, columns;
+};
+
+template <int STEP>
+__device__ inline Patches patches_of(const Pool& pool, int row, int rows) {
+    int top = (row + pool.h.padding) / STEP, left = pool.w.padding / STEP;
+    return {top, (row + rows - 1 + pool.h.padding) / STEP + 1 - top, left,
+            (pool.w.in - 1 + pool.w.padding) / STEP + 1 - left};
+}
+
+// Adds to sum the gradients of the maxima that are the inputs of a patch, by ascending windows.
+template <int SIZE, int STEP, int N, typename T, typename P>
+__device__ inline void max_gradient_of_patch(const Pool& pool, int row, int column,
+                                             const Plane<T, N>& dy, const Plane<P, N>& positions,
+                                             Wide<T> (&sum)[STEP][STEP][N]) {
+    constexpr int MOST = (SIZE - 1) / STEP;  // windows that begin in earlier patches
+#pragma unroll
+    for (int up = MOST; up >= 0; up--) {
+#pragma unroll
+        for (int left = MOST; left >= 0; left--) {
+            int oh = row - up, ow = column - left;
+            if (oh < 0 || oh >= pool.h.out || ow < 0 || ow >= pool.w.out) continue;
+            Vector<T, N> gradient = dy(oh, ow);
+            Vector<P, N> taps = positions(oh, ow);
+#pragma unroll
+            for (int place = 0; place < STEP * STEP; place++) {
+                int h = up * STEP + place / STEP, w = left * STEP + place % STEP;
+                if (h >= SIZE || w >= SIZE) continue;
+#pragma unroll
+                for (int k = 0; k < N; k++) {
+                    bool is_it = taps.values[k] == h * SIZE + w;
+                    sum[place / STEP][place % STEP][k] +=
+                        is_it ? widen(gradient.values[k]) : Wide<T>(0);
+                }
             }
         }
     }

@@ -34,8 +34,7 @@ class TileLaunch(CudaLaunch):
     tile_bytes: int = 16384
 
 
-# 16 bytes of channels a thread. Not measured.
-LAUNCH = CudaLaunch(num_warps=4)
+LAUNCH = CudaLaunch(num_warps=4)  # 16 bytes of channels a thread; not measured
 # At most 40 KiB with the taps of the maxima, so that five blocks and more share a multiprocessor of
 # sm_90, and no block needs more than the 48 KiB that need not be asked for. Not measured.
 TILE_LAUNCH = TileLaunch(num_warps=8)
@@ -48,7 +47,7 @@ KERNELS = {
     name: CudaKernel("pooling.cu", f"{name}_kernel")
     for name in (
         "max_pool_forward", "max_pool_backward", "avg_pool_forward", "avg_pool_backward",
-        "max_pool_forward_tile", "max_pool_backward_tile",
+        "max_pool_backward_patch", "max_pool_forward_tile", "max_pool_backward_tile",
         "avg_pool_forward_tile", "avg_pool_backward_tile",
     )
 }  # fmt: skip
@@ -75,6 +74,10 @@ class Axis(NamedTuple):
         if not self.kernel:
             return cdiv(rows * self.n_out, self.n_in) + 1
         return (rows - 1 + (self.kernel - 1) * self.dilation) // self.stride + 1
+
+    def patches(self, step: int) -> int:
+        """Inputs by ``step``, as windows that are ``step`` apart begin; of ``Patches``."""
+        return (self.n_in - 1 + self.padding) // step + 1 - self.padding // step
 
 
 def widest(n_in: int, n_out: int) -> int:
@@ -162,6 +165,19 @@ def share_of(
     return Share(1, rows, n_planes * cdiv(height, rows)) if rows else None
 
 
+def known_window(window: tuple[int, ...]) -> tuple[int, int]:
+    """Size and step of a square window that kernels are compiled for; 0, 0 of others.
+
+    With divisions, and loops, an H200 took four times as long for a gradient as for its memory
+    where channels are last, and fifteen to nineteen where they are not.
+    """
+    if not window:  # adaptive
+        return 0, 0
+    (size, width, step, step_across), dilation = window[:4], window[6:]
+    usual = size == width <= 3 and step == step_across <= min(size, 2) and dilation == (1, 1)
+    return (size, step) if usual else (0, 0)
+
+
 class Plan(NamedTuple):
     """How a pooling is launched."""
 
@@ -190,16 +206,22 @@ def plan_of(
     pool = Pool(*(a._replace(dilation=1) if a.kernel == 1 else a for a in pool))
     content = struct.pack("13i", *pool.h, *pool.w, pool.columns)
     n_planes, n_channels = input_size[0] * input_size[1], input_size[1] if channels_last else 1
+    size, step = known_window(window)
+    known = {"SIZE": size, "STEP": step} if name.startswith("max") else {}
     constants: dict[str, Any] = {"ADAPTIVE": not window}
     if n_channels == 1 and aligned:
         share = share_of(pool, backward, n_planes, item_size, n_multiprocessors)
         if share is not None:
             sizes = n_planes, share.planes, share.rows
-            kernel = KERNELS[f"{name}_tile"]
+            kernel, constants = KERNELS[f"{name}_tile"], constants | known
             return Plan(kernel, share.n_blocks, TILE_LAUNCH, content, sizes, constants)
     length = vector_length(item_size, n_channels, aligned)
     n_vectors = n_planes * math.prod(input_size[2:] if backward else output_size) // length
-    constants["N"] = length
+    constants |= {"N": length} | (known if name == "max_pool_forward" else {})
+    if name == "max_pool_backward" and size:
+        n_vectors = n_planes * pool.h.patches(step) * pool.w.patches(step) // length
+        constants = {"N": length, **known}
+        name = "max_pool_backward_patch"
     n_blocks = cdiv(n_vectors, LAUNCH.n_threads)
     return Plan(KERNELS[name], n_blocks, LAUNCH, content, (n_vectors, n_channels), constants)
 
@@ -230,12 +252,9 @@ def pool(
 
 
 def _max_pool_forward_fake(
-    x: torch.Tensor,
-    output_size: list[int],
-    window: list[int],
-    keeps_positions: bool,
+    x: torch.Tensor, output_size: list[int], window: list[int], keeps_positions: bool,
     keeps_indices: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     shape, memory_format = (*x.shape[:2], *output_size), format_of(is_channels_last(x))
 
     def allocated(wanted: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -317,12 +336,9 @@ def max_pool_backward(
 
 
 def _avg_pool_forward_fake(
-    x: torch.Tensor,
-    output_size: list[int],
-    window: list[int],
-    count_include_pad: bool,
-    divisor: int,
-) -> torch.Tensor:
+    x: torch.Tensor, output_size: list[int], window: list[int], count_include_pad: bool, divisor:
+    int,
+) -> torch.Tensor:  # fmt: skip
     return _like_input(x, [*x.shape[:2], *output_size], is_channels_last(x))
 
 

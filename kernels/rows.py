@@ -134,8 +134,8 @@ def row_norm_backward_kernel(
     dy_ptr, s_ptr, weight_ptr, mean_ptr, invstd_ptr, extra_ptr, seed_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     n_rows, n_cols, threshold, dropout_scale,
-    CENTRED: tl.constexpr, QUADS: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    CENTRED: tl.constexpr, QUADS: tl.constexpr, ONE_PASS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and the residual, and partial sums of those of weight and bias.
 
@@ -147,7 +147,7 @@ def row_norm_backward_kernel(
     dweight = tl.zeros((BLOCK_COLS,), dtype=out_type)
     dbias = tl.zeros((BLOCK_COLS,), dtype=out_type)
     step = tl.num_programs(0) * BLOCK_ROWS
-    for row in tl.range(tl.program_id(0) * BLOCK_ROWS, n_rows, step):
+    for row in tl.range(tl.program_id(0) * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
         rows = (row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         is_row = rows < n_rows
         mean = tl.load(mean_ptr + rows, mask=is_row, other=0.0)

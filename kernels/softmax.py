@@ -15,7 +15,7 @@ import triton.language as tl
 
 from gpunn.kernels.elementwise import in_memory_order_of
 from gpunn.kernels.launch import Launch, cdiv, operator, run
-from gpunn.kernels.numeric import widen
+from gpunn.kernels.numeric import exp_or_0, widen
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,15 @@ INNER = tuple(
     SoftmaxLaunch(8, block_rows=n_rows, block_cols=n_cols)
     for n_rows, n_cols in ((512, 4), (128, 16), (64, 64), (64, 128))
 )
-# Longer rows are swept twice by one program. At most two programs of a thousand threads fit on a
-# multiprocessor: of 65,536 columns in 16 bits, 264 rows take 33 MiB of the 50 MiB of an H200's L2,
-# where the second sweep finds them.
+# Longer rows are swept twice by one program, backwards the second time. At most two programs of a
+# thousand threads fit on a multiprocessor: of 65,536 columns in 16 bits, 264 rows take 33 MiB of
+# the 50 MiB of an H200's L2, where the second sweep finds them.
 LONG = SoftmaxLaunch(32, block_rows=1, block_cols=8192)
+
+
+def stages_for(x: torch.Tensor) -> int:
+    """Tiles of a row that is walked along, with the one computed with: some 32 KiB read ahead."""
+    return 3 if x.element_size() == 2 else 2
 
 
 @triton.jit
@@ -62,14 +67,13 @@ def tile_rows(program, n_rows, n_cols, n_inner, LAST_DIM: tl.constexpr, BLOCK_RO
 
 
 @triton.jit
-def row_numbers(first, n_cols, n_inner, LAST_DIM: tl.constexpr):
-    """Of rows that begin at ``first``, their numbers, in the order of a target (outer, inner).
-
-    By one size after the other: their product may be more than 32 bits hold.
-    """
+def row_numbers(program, n_inner, LAST_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The numbers of a program's rows, in the order of a target (outer, inner)."""
     if LAST_DIM:
-        return first // n_cols
-    return first // n_cols // n_inner * n_inner + first % n_inner
+        return program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    across = tl.cdiv(n_inner, BLOCK_ROWS)
+    first = program // across * n_inner + program % across * BLOCK_ROWS
+    return first + tl.arange(0, BLOCK_ROWS)
 
 
 @triton.jit
@@ -86,10 +90,50 @@ def scores_of(x_ptr, mask_ptr, at, inside, scale):
 
 
 @triton.jit
+def in_parts(tile, PARTS: tl.constexpr):
+    """The rows of a tile by parts of neighbours.
+
+    What runs along a part is one thread's where it has eight: threads need not wait for each other.
+    """
+    return tl.reshape(tile, (tile.shape[0], PARTS, tile.shape[1] // PARTS))
+
+
+@triton.jit
+def sums_of_parts(tile, PARTS: tl.constexpr):
+    """The sum of each part of a tile's rows."""
+    if PARTS == 1:
+        return tl.sum(tile, 1)[:, None]
+    return tl.sum(in_parts(tile, PARTS), 2)
+
+
+@triton.jit
+def run_along(s, peak, total, PARTS: tl.constexpr):
+    """The maximum and Σ exp(s - maximum) of the parts of rows, after one more tile of them."""
+    if PARTS == 1:
+        highest = tl.maximum(peak, tl.max(s, 1)[:, None])
+    else:
+        highest = tl.maximum(peak, tl.max(in_parts(s, PARTS), 2))
+    shift = tl.where(highest == -float("inf"), 0.0, highest)
+    if PARTS == 1:
+        sums = tl.sum(exp_or_0(s - shift), 1)[:, None]
+    else:
+        sums = tl.sum(exp_or_0(in_parts(s, PARTS) - shift[:, :, None]), 2)
+    return highest, total * exp_or_0(peak - shift) + sums
+
+
+@triton.jit
+def whole_rows(peak, total):
+    """The maximum and Σ exp(s - maximum) of rows, of those of their parts."""
+    highest = tl.max(peak, 1)
+    shift = tl.where(highest == -float("inf"), 0.0, highest)
+    return highest, tl.sum(total * exp_or_0(peak - shift[:, None]), 1)
+
+
+@triton.jit
 def softmax_forward_kernel(
     x_ptr, mask_ptr, y_ptr, n_rows, n_cols, n_inner, scale,
     LOGARITHM: tl.constexpr, LAST_DIM: tl.constexpr, ONE_PASS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = softmax(scale x + mask) of rows, or its logarithm. A program owns BLOCK_ROWS rows."""
     program = tl.program_id(0).to(tl.int64)
@@ -106,22 +150,23 @@ def softmax_forward_kernel(
         y = shifted - tl.log(total) if LOGARITHM else e / total
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
     else:
-        peak = tl.full((BLOCK_ROWS,), -float("inf"), dtype=out_type)
-        total = tl.zeros((BLOCK_ROWS,), dtype=out_type)
-        for col in tl.range(0, n_cols, BLOCK_COLS):
+        parts: tl.constexpr = (BLOCK_COLS + 7) // 8 if LAST_DIM else 1
+        peak = tl.full((BLOCK_ROWS, parts), -float("inf"), dtype=out_type)
+        total = tl.zeros((BLOCK_ROWS, parts), dtype=out_type)
+        for col in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
             at = first[:, None] + (col + cols).to(tl.int64)[None, :] * stride
             inside = is_row[:, None] & (col + cols < n_cols)[None, :]
             s = scores_of(x_ptr, mask_ptr, at, inside, scale)
-            highest = tl.maximum(peak, tl.max(s, 1))
-            shift = tl.where(highest == -float("inf"), 0.0, highest)
-            total = total * tl.exp(peak - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
-            peak = highest
-        for col in tl.range(0, n_cols, BLOCK_COLS):
+            peak, total = run_along(s, peak, total, parts)
+        peak, total = whole_rows(peak, total)
+        logarithm, factor = tl.log(total)[:, None], (1 / total)[:, None]
+        last = (n_cols - 1) // BLOCK_COLS * BLOCK_COLS
+        for back in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):  # the end is in the caches
+            col = last - back
             at = first[:, None] + (col + cols).to(tl.int64)[None, :] * stride
             inside = is_row[:, None] & (col + cols < n_cols)[None, :]
             shifted = scores_of(x_ptr, mask_ptr, at, inside, scale) - peak[:, None]
-            summed = total[:, None]
-            y = shifted - tl.log(summed) if LOGARITHM else tl.exp(shifted) / summed
+            y = shifted - logarithm if LOGARITHM else exp_or_0(shifted) * factor
             tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -137,7 +182,7 @@ def gradient_terms(dy_ptr, y_ptr, at, inside, LOGARITHM: tl.constexpr):
 def softmax_backward_kernel(
     dy_ptr, y_ptr, dx_ptr, n_rows, n_cols, n_inner, scale,
     LOGARITHM: tl.constexpr, LAST_DIM: tl.constexpr, ONE_PASS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = scale y (dy - Σ dy y), or, of the logarithm, scale (dy - exp(y) Σ dy), over rows."""
     program = tl.program_id(0).to(tl.int64)
@@ -153,17 +198,19 @@ def softmax_backward_kernel(
         tl.store(dx_ptr + at, (dx * scale).to(dx_ptr.dtype.element_ty), mask=inside)
     else:
         sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=out_type)
-        for col in tl.range(0, n_cols, BLOCK_COLS):
+        for col in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
             at = first[:, None] + (col + cols).to(tl.int64)[None, :] * stride
             inside = is_row[:, None] & (col + cols < n_cols)[None, :]
             _dy, _y, terms = gradient_terms(dy_ptr, y_ptr, at, inside, LOGARITHM)
             sums += terms
         total = tl.sum(sums, 1)[:, None]
-        for col in tl.range(0, n_cols, BLOCK_COLS):
+        last = (n_cols - 1) // BLOCK_COLS * BLOCK_COLS
+        for back in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+            col = last - back
             at = first[:, None] + (col + cols).to(tl.int64)[None, :] * stride
             inside = is_row[:, None] & (col + cols < n_cols)[None, :]
             dy, y, _terms = gradient_terms(dy_ptr, y_ptr, at, inside, LOGARITHM)
-            dx = dy - tl.exp(y) * total if LOGARITHM else y * (dy - total)
+            dx = dy - exp_or_0(y) * total if LOGARITHM else y * (dy - total)
             tl.store(dx_ptr + at, (dx * scale).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -186,7 +233,7 @@ def _run(
     run(
         name, kernel, (n_programs if last else n_programs * (n_rows // n_inner),), *tensors,
         n_rows, n_cols, n_inner, scale, launch=launch, LOGARITHM=logarithm, LAST_DIM=last,
-        ONE_PASS=n_cols <= launch.block_cols,
+        ONE_PASS=n_cols <= launch.block_cols, STAGES=stages_for(y),
     )  # fmt: skip
 
 

@@ -13,41 +13,46 @@ from gpunn.kernels.launch import launchers
 from gpunn.profiling.static_report import meta
 from scenario import Scenario
 
-LENGTH, HEADS = 4096, 8
+LENGTH, SHORT, HEADS = 4096, 512, 8  # the first long enough for descriptors, on Hopper
 HALF = torch.bfloat16
 
 
-def _arguments(kind: str, dtype: torch.dtype, head: int) -> list[Any]:
+def _arguments(kind: str, dtype: torch.dtype, head: int, length: int = LENGTH) -> list[Any]:
     """Query, key, value and all that a call is told: "plain", "causal", or most that it can be.
 
     "light" is all but a mask and a dropout; "added" and "kept" are all, with a mask of either sort.
     """
-    query = meta(2, HEADS, LENGTH, head, dtype=dtype)
+    query = meta(2, HEADS, length, head, dtype=dtype)
     mask = slopes = seed = None
     softcap, dropout_p, before, after = 0.0, 0.0, -1, 0 if kind == "causal" else -1
     if kind in ("light", "added", "kept"):
         slopes, softcap = meta(1, HEADS, dtype=torch.float32), 5.0
         before = after = 128
     if kind in ("added", "kept"):
-        mask = meta(2, 1, LENGTH, LENGTH, dtype=dtype if kind == "added" else torch.uint8)
+        mask = meta(2, 1, length, length, dtype=dtype if kind == "added" else torch.uint8)
         seed, dropout_p = meta(1, dtype=torch.int64), 0.1
     rules = 0.1, softcap, dropout_p, before, after, False
-    return [query, query, query, mask, slopes, None, seed, None, None, LENGTH, LENGTH, *rules]
+    return [query, query, query, mask, slopes, None, seed, None, None, length, length, *rules]
 
 
 def _attention(
-    kernel: str, kind: str, dtype: torch.dtype, head: int, precision: str = "ieee"
+    kernel: str,
+    kind: str,
+    dtype: torch.dtype,
+    head: int,
+    precision: str = "ieee",
+    length: int = LENGTH,
 ) -> None:
     previous = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     try:
-        arguments = _arguments(kind, dtype, head)
+        arguments = _arguments(kind, dtype, head, length)
         if kernel == "forward":
             launchers["attention_forward"](True, *arguments)
             return
-        y = meta(2, HEADS, LENGTH, head, dtype=dtype)
+        y = meta(2, HEADS, length, head, dtype=dtype)
         rest = y if dtype == HALF else meta(0, dtype=dtype)
-        statistics = (meta(2, HEADS, LENGTH, dtype=torch.float32) for _ in range(2))
+        statistics = (meta(2, HEADS, length, dtype=torch.float32) for _ in range(2))
         wanted = ("query_gradient", "key_gradients", "", "mask_gradient")
         needs = [name == kernel for name in wanted]
         launchers["attention_backward"](y, y, rest, *statistics, needs, *arguments)
@@ -99,13 +104,17 @@ def _table_scenarios() -> dict[str, Scenario]:
         for kind in kinds:
             if kind == "light" or not spills:
                 found[f"attention-{kernel}-{kind}-{arithmetic}-{head}"] = Scenario(
-                    partial(_attention, kernel, kind, dtype, head, precision), capabilities=(90,)
+                    partial(_attention, kernel, kind, dtype, head, precision, SHORT),
+                    capabilities=(90,),
                 )
     return found
 
 
 def attention_scenarios() -> dict[str, Scenario]:
-    """The plain and the causal kernels of 64 and 128 on every chip, with tensor cores in use."""
+    """The plain and the causal kernels of 64 and 128 on every chip, with tensor cores in use.
+
+    On Hopper they read by descriptors, and so does each with all options but those it cannot have.
+    """
     found = _table_scenarios()
     for head in (64, 128):
         for kernel in ("forward", "key_gradients", "query_gradient"):
@@ -115,6 +124,9 @@ def attention_scenarios() -> dict[str, Scenario]:
                     tensor_cores=True,
                     without_products=("attention_delta_kernel",),
                 )
+            found[f"attention-{kernel}-descriptors-{head}"] = Scenario(
+                partial(_attention, kernel, "light", HALF, head), capabilities=(90,)
+            )
         found[f"attention-forward-added-{head}"] = Scenario(
             partial(_attention, "forward", "added", HALF, head), capabilities=(80, 100)
         )

@@ -8,7 +8,6 @@ import torch
 
 from gpunn.kernels.launch import launchers
 from gpunn.kernels.nll_loss import TILES
-from gpunn.kernels.softmax import INNER
 from gpunn.profiling.static_report import meta
 from scenario import Scenario
 
@@ -39,8 +38,9 @@ def nll_loss_scenarios() -> dict[str, Scenario]:
             partial(_backward, (4096, tile.block_cols), "mean" if last else "none"),
             wide_only=last, narrow_allowed=8, capabilities=(80, 90, 100) if last else (90,),
         )  # fmt: skip
-    for tile in INNER:
-        found[f"nll-loss-backward-pixels-{tile.block_cols}"] = Scenario(
-            partial(_backward, (8, tile.block_cols, 4096), "mean"), capabilities=(90,)
-        )
+    for n_pixels in (64, 4096):
+        found[f"nll-loss-backward-pixels-{n_pixels}"] = Scenario(
+            partial(_backward, (8, 19, n_pixels), "mean"), capabilities=(90,),
+            wide_only=n_pixels > 64, narrow_allowed=8,
+        )  # fmt: skip
     return found

@@ -351,7 +351,7 @@ def test_tiles_that_are_ruled_out_are_skipped(
 
 def test_what_does_not_fit_gets_smaller_tiles() -> None:
     shape = Shape("forward", 128, torch.bfloat16, "ieee", False)
-    assert launch_for(shape, Device(90, 132)) == AttentionLaunch(8, 2, 128, 128)
+    assert launch_for(shape, Device(90, 132)) == AttentionLaunch(8, 3, 128, 128)
     small = launch_for(shape, Device(89, 100, 101376))
     assert small.block_queries <= 64
     assert launch_for(shape, Device(89, 100, 1024)) == SMALLEST

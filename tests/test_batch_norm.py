@@ -285,13 +285,16 @@ def test_without_variance_there_is_the_bias(value: float, device: str) -> None:
 
 
 def test_a_mean_far_from_zero_keeps_its_variance(device: str) -> None:
-    """Σx² - (Σx)² / n would leave nothing of a deviation of 1 beside a mean of 10,000."""
+    """Σx² - (Σx)² / n would leave nothing of a deviation of 1 beside a mean of 10,000.
+
+    The chunks' means, rounded to float32, are off by up to 5e-4; they differ by about 3e-2.
+    """
     x = torch.randn(4, 3, 40, 40, device=device) + 1e4
     mean, squares = launchers["batch_norm_statistics"](x)
     n = x.numel() // 3
     exact = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(squares.double() / n, exact.var(1, correction=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(squares.double() / n, exact.var(1, correction=0), rtol=3e-5, atol=0)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

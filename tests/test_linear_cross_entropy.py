@@ -18,7 +18,6 @@ from closeness import assert_accurate
 from drawing import drawing
 from gpunn.kernels import cross_entropy as tiles
 from gpunn.kernels import launch
-from gpunn.kernels import linear_cross_entropy as kernels
 from gpunn.kernels.launch import Device
 from gpunn.kernels.linear_cross_entropy import chunk_size_of
 from gpunn.kernels.softmax import SoftmaxLaunch
@@ -158,8 +157,8 @@ def test_chunks_longer_than_a_tile(
 ) -> None:
     """Rows of a chunk are walked along; more rows than a program has."""
     tile = SoftmaxLaunch(4, block_rows=2, block_cols=16)
-    monkeypatch.setattr(kernels, "LONG", tile)
-    monkeypatch.setattr(tiles, "LONG", tile)
+    monkeypatch.setattr(tiles, "LAST", ())
+    monkeypatch.setattr(tiles, "ONCE", tile)
     layer = layer_of(5, 8, 83, torch.float32, device)
     target = torch.tensor([3, 39, 40, 79, 82], device=device)
     weight = torch.rand(83, device=device) + 0.5

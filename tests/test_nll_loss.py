@@ -16,8 +16,7 @@ import gpunn.functional as GF
 from closeness import assert_accurate
 from gpunn.kernels import launch, nll_loss, partial_sums
 from gpunn.kernels.launch import Device
-from gpunn.kernels.nll_loss import NllLaunch
-from gpunn.kernels.softmax import SoftmaxLaunch
+from gpunn.kernels.nll_loss import GradientLaunch, NllLaunch
 from gpunn.reference.nll_loss import nll_loss_backward, nll_loss_forward, row_weights
 from kit import as_numpy, check_gradients, each_dtype, launched, layouts
 from test_convolution_memory import Nowhere, peak_on_cpu, peak_on_cuda
@@ -27,11 +26,13 @@ IGNORED = 2
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of 16 rows, three at most in a sum; tiles of 4 rows by 4 classes."""
+    """Programs of 16 rows, three at most in a sum; tiles of 4 rows by 4 classes, or by 2."""
     monkeypatch.setattr(nll_loss, "LAUNCH", NllLaunch(block=16))
     monkeypatch.setattr(nll_loss, "MOST_PARTS", 3)
-    for tiles in ("TILES", "INNER"):
-        monkeypatch.setattr(nll_loss, tiles, (SoftmaxLaunch(block_rows=4, block_cols=4),))
+    monkeypatch.setattr(nll_loss, "TILES", (GradientLaunch(block_rows=4, block_cols=4),))
+    few, many = (GradientLaunch(block_rows=n, block_cols=2, tiles=2) for n in (2, 4))
+    monkeypatch.setattr(nll_loss, "FEW_PIXELS", few)
+    monkeypatch.setattr(nll_loss, "PIXELS", many)
 
 
 def value_and_gradient(
@@ -100,7 +101,7 @@ def test_reductions_and_dimensions(
 
 
 @pytest.mark.parametrize("n_classes", [4, 32, 33, 300, 2049])
-@pytest.mark.parametrize("inner", [1, 6])
+@pytest.mark.parametrize("inner", [1, 6, 65])
 def test_every_kind_of_tile(n_classes: int, inner: int, device: str) -> None:
     """The narrowest that holds the classes, and more than one of the widest."""
     shape = (5, n_classes, inner) if inner > 1 else (5, n_classes)
@@ -109,7 +110,7 @@ def test_every_kind_of_tile(n_classes: int, inner: int, device: str) -> None:
     with gpunn.trace() as trace:
         assert_right(x, target, reduction="sum")
     (backward,) = launched(trace, OPERATORS[1])
-    widths = (32, 128, 512, 2048) if inner == 1 else (4, 16, 64, 128)
+    widths = {1: (32, 128, 512, 2048), 6: (16,), 65: (4,)}[inner]
     expected = next((width for width in widths if n_classes <= width), widths[-1])
     assert asdict(backward.launch)["block_cols"] == expected
 
@@ -202,7 +203,7 @@ def test_an_image_past_2_to_the_31(device: str) -> None:
     n_cols = (2**32 + 2) // 3
     launch.run(
         "far", nll_loss.nll_loss_backward_kernel, (1,), torch.tensor(2.0, device=device), target,
-        None, None, dx, 3, n_cols, 3, -100, launch=SoftmaxLaunch(block_rows=4, block_cols=4),
+        None, None, dx, 3, n_cols, 3, -100, launch=GradientLaunch(block_rows=4, block_cols=4),
         EACH=False, LAST_DIM=False,
     )  # fmt: skip
     assert dx.nonzero().tolist() == [[1, 0], [3, 2]]

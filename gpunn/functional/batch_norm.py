@@ -20,7 +20,7 @@ from gpunn.functional.dispatch import check_arguments, differentiable_gradients,
 from gpunn.kernels.batch_norm import batch_norm_backward, batch_norm_forward, unpacked_bits
 from gpunn.kernels.launch import chosen_backend, decline, record_fallback, takes
 
-MOST_POSITIONS = 2**31 - 2**16
+MOST_POSITIONS = 2**31 - 2**18
 
 
 class Options(NamedTuple):
