@@ -92,7 +92,8 @@ class Problem:
 
     def is_by_descriptor(self, *others: torch.Tensor) -> bool:
         """Whether q, k, v and ``others`` are read by descriptors."""
-        if self.mask is not None or self.seed is not None or self.starts_k is not None:
+        given = self.mask, self.seed, self.starts_k, self.slopes
+        if any(tensor is not None for tensor in given) or self.softcap or self.before >= 0:
             return False
         pairs = self.n_batches * self.n_heads * self.n_queries * self.n_keys
         n_flops = 2 * pairs * (self.q.shape[-1] + self.v.shape[-1])

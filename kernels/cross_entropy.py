@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.cross_entropy_tiles import (
+    class_weights,
     logits_tile,
     loss_of_class,
     statistics,
@@ -107,6 +108,10 @@ def cross_entropy_forward_kernel(
     tl.store(row_weight_ptr + rows, row_weight, mask=is_row)
     tl.store(lse_ptr + rows, lse, mask=is_row)
     if dx_ptr is not None:
+        if ONE_PASS and SMOOTH and not PROBABILITIES:
+            # Once more, from the tile: with the sum above, each thread is given a whole row.
+            share = class_weights(weight_ptr, block, n_cols, x)
+            weights = tl.sum(tl.where(inside, share, 0.0), 1)
         scale = tl.zeros_like(lse) + 1 / divisor
         if totals_ptr is not None:
             part = tl.arange(0, MOST_TOTALS)

@@ -41,11 +41,9 @@ ROWS = tuple(
 # where the second sweep finds them. Backward reads dy and s, and has one program a multiprocessor.
 LONG = RowLaunch(32, block_rows=1, block_cols=8192)
 COLUMNS = RowLaunch(8, block_rows=32, block_cols=128)
-STAGES, PROGRAMS = 3, 4
-"""Of the backward pass: rows of each operand on their way, with the one that is computed with, if
-tiles are rows (some of several rows spill); and the programs of a multiprocessor with sums. On an
-H200, 32,768 rows of 1,024 take 85 us (99 with two programs, 112 with two stages), 16,384 rows of
-4,096 take 144 us (118, 182)."""
+WARPS = 16
+"""Of a multiprocessor, where the backward pass holds sums: on an H200, with three rows on their
+way, 16384 by 4096 in bfloat16 took 118 us so (144 with twice the warps), 32768 by 1024 took 85."""
 NAME, NAME_BACKWARD = "row_norm_forward", "row_norm_backward"
 
 
@@ -174,7 +172,7 @@ def row_norm_backward(
     if launch == LONG:
         most = device_of(s).n_multiprocessors
     elif held and any(needs[2:]):
-        most = PROGRAMS * device_of(s).n_multiprocessors
+        most = WARPS // launch.num_warps * device_of(s).n_multiprocessors
     n_programs = min(cdiv(n_rows, launch.block_rows), most)
     sums = [
         s.new_empty((n_programs, n_cols), dtype=wide(s)) if n and held else None for n in needs[2:]
@@ -186,7 +184,7 @@ def row_norm_backward(
             dx if needs[0] else None, dresidual if needs[1] else None, *sums,
             n_rows, n_cols, *dropout_arguments(dropout_p or 1.0), launch=launch, CENTRED=centred,
             QUADS=n_cols % 4 == 0, ONE_PASS=n_cols <= launch.block_cols,
-            STAGES=STAGES if launch.block_rows == 1 and n_programs < n_rows else 1,
+            STAGES=_stages_for(s, launch, n_programs),
         )  # fmt: skip
     if not held and any(needs[2:]):
         sums = _column_sums(dy, s, mean, invstd, needs[2:])
@@ -194,6 +192,16 @@ def row_norm_backward(
         if partial is not None:
             add_up(partial, gradient)
     return gradients
+
+
+def _stages_for(s: torch.Tensor, launch: RowLaunch, n_programs: int) -> int:
+    """Rows of each operand on their way, with the one computed with, where a program has several.
+
+    Of tiles of several rows some spill; of 32 bits, more than two do.
+    """
+    if launch.block_rows > 1 or n_programs == s.shape[0]:
+        return 1
+    return 3 if s.element_size() == 2 else 2
 
 
 def _column_sums(

@@ -113,7 +113,7 @@ def _table_scenarios() -> dict[str, Scenario]:
 def attention_scenarios() -> dict[str, Scenario]:
     """The plain and the causal kernels of 64 and 128 on every chip, with tensor cores in use.
 
-    On Hopper they read by descriptors, and so does each with all options but those it cannot have.
+    On Hopper they read by descriptors.
     """
     found = _table_scenarios()
     for head in (64, 128):
@@ -124,9 +124,6 @@ def attention_scenarios() -> dict[str, Scenario]:
                     tensor_cores=True,
                     without_products=("attention_delta_kernel",),
                 )
-            found[f"attention-{kernel}-descriptors-{head}"] = Scenario(
-                partial(_attention, kernel, "light", HALF, head), capabilities=(90,)
-            )
         found[f"attention-forward-added-{head}"] = Scenario(
             partial(_attention, "forward", "added", HALF, head), capabilities=(80, 100)
         )

@@ -56,7 +56,7 @@ def _with_precision(ieee: bool, launch: Callable[[], None]) -> None:
 SIZES: dict[str, tuple[tuple[int, int, int, int, int], torch.dtype]] = {
     "128x128": ((64, 128, 256, 56, 1), HALF),
     "256x64": ((64, 64, 64, 56, 1), HALF),
-    "128x64": ((16, 64, 128, 28, 1), HALF),
+    "128x64": ((32, 64, 64, 56, 1), HALF),
     "64x64": ((1, 64, 64, 14, 1), HALF),
     "64x32": ((1, 64, 64, 8, 1), HALF),
     "packed": ((64, 3, 64, 224, 1), HALF),

@@ -159,23 +159,32 @@ def operands_of(p: Problem, device: str) -> tuple[dict[str, torch.Tensor], list[
     return inputs, [sequences(p.n_queries, width, p.layouts[1])] + [dweights] * p.looked_at
 
 
-def agree(
+def judged(
     got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], baseline: dict[str, torch.Tensor]
-) -> None:
-    """By the rule of ``closeness.py``, or, where the terms of a gradient cancel, of the largest.
+) -> dict[str, tuple[float, float]]:
+    """Errors, and what is allowed: by the rule of ``closeness.py``, or two units of the largest.
 
-    Of a query that sees one key nothing is left but the rounding of its terms.
+    Of a query that sees one key nothing is left but the rounding of terms that cancel.
     """
     assert list(got) == list(exact) == list(baseline)
     largest = max(float(tensor.detach().abs().max()) for tensor in exact.values())
-    shown = 0
+    shown, found = 0, {}
     for name, mine in got.items():
         assert mine.dtype == baseline[name].dtype
         eps = torch.finfo(mine.dtype).eps
         verdict = judge(as_numpy(mine), as_numpy(exact[name]), as_numpy(baseline[name]), eps)
         shown += verdict.vacuous is None
-        assert verdict.error <= max(verdict.allowed, 2 * eps * largest), (name, verdict)
+        found[name] = verdict.error, max(verdict.allowed, 2 * eps * largest)
     assert shown >= 4, "too few results that show anything"
+    return found
+
+
+def agree(
+    got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], baseline: dict[str, torch.Tensor]
+) -> None:
+    """No error is larger than allowed."""
+    for name, (error, allowed) in judged(got, exact, baseline).items():
+        assert error <= allowed, f"{name}: {error:.3e}, allowed {allowed:.3e}"
 
 
 def compare(

@@ -335,7 +335,8 @@ def test_networks_wait_for_the_checks_of_all_their_ops(
 ) -> None:
     monkeypatch.setitem(CHECKED_AS, "models", ("linear", "red", "pooling"))
     (row,) = measured({"models": [CASES["models"][0]]}, 60)
-    assert row.errors == {"case": "`gpunn check red` is not green, and a wrong kernel is not timed"}
+    reason = "`gpunn check red` is not green, and a wrong kernel is not timed: of a reason"
+    assert row.errors == {"case": reason}
 
 
 @pytest.mark.parametrize("mode", ["backward", "step"])

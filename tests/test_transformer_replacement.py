@@ -27,7 +27,8 @@ def test_accelerate_and_restore(device: str) -> None:
     assert set(record.kept) == {name for name, _ in theirs.named_modules() if "out_proj" in name}
     assert type(model.encoder.layers[0].self_attn) is gpunn.nn.MultiheadAttention
     assert list(model.state_dict()) == list(state)
-    trace = compare(model, theirs, inputs, dy)
+    errors, trace = compare(model, theirs, inputs, dy)
+    assert all(error <= allowed for error, allowed in errors.values()), errors
     assert not trace.fallbacks
     with torch.no_grad():
         y, expected = (each.eval()(*inputs.values()) for each in (model, theirs))

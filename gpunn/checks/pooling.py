@@ -152,9 +152,12 @@ CHECKS = [
             "pooling",
             f"{CASES[case][0]}: {case}, channels_last",
             functools.partial(check_pooling, case, True),
-            (f"{case[:3]}_pool_forward_kernel", f"{case[:3]}_pool_backward_kernel"),
+            (f"{case[:3]}_pool_forward_kernel", f"{case[:3]}_pool_backward{variant}_kernel"),
         )
-        for case in ("max, windows overlap", "avg, windows overlap, ceil")
+        for case, variant in (
+            ("max, windows overlap", "_patch"),
+            ("avg, windows overlap, ceil", ""),
+        )
     ),
     Check("pooling", "max_unpool1d", functools.partial(check_unpooling, 1)),
     Check("pooling", "max_unpool2d", functools.partial(check_unpooling, 2)),
