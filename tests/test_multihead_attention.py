@@ -162,9 +162,8 @@ def operands_of(p: Problem, device: str) -> tuple[dict[str, torch.Tensor], list[
 def judged(
     got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], baseline: dict[str, torch.Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """Errors, and what is allowed: by the rule of ``closeness.py``, or two units of the largest.
-
-    Of a query that sees one key nothing is left but the rounding of terms that cancel.
+    """Errors, and what is allowed: by the rule of ``closeness.py``, or, of terms that may cancel,
+    two units in the last place of the largest result.
     """
     assert list(got) == list(exact) == list(baseline)
     largest = max(float(tensor.detach().abs().max()) for tensor in exact.values())

@@ -335,8 +335,7 @@ def test_networks_wait_for_the_checks_of_all_their_ops(
 ) -> None:
     monkeypatch.setitem(CHECKED_AS, "models", ("linear", "red", "pooling"))
     (row,) = measured({"models": [CASES["models"][0]]}, 60)
-    reason = "`gpunn check red` is not green, and a wrong kernel is not timed: of a reason"
-    assert row.errors == {"case": reason}
+    assert row.errors["case"].endswith("a wrong kernel is not timed: of a reason")
 
 
 @pytest.mark.parametrize("mode", ["backward", "step"])
