@@ -17,8 +17,9 @@ import triton.language as tl
 
 from gpunn.kernels.attention import UNIT
 from gpunn.kernels.attention_operands import block_of
-from gpunn.kernels.flash import LOG2E, finite, load_rows, power, scores
+from gpunn.kernels.flash import finite, load_rows, power, scores
 from gpunn.kernels.launch import Launch, device_of, operator, run
+from gpunn.kernels.numeric import LOG2E
 from gpunn.kernels.product import precision_of
 
 

@@ -108,7 +108,9 @@ def forward_taps(grid: int, kernel: int, stride: int, padding: int, dilation: in
 
 
 @lru_cache(maxsize=1024)
-def transposed_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> list[Taps]:
+def transposed_taps(
+    size: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[Taps, ...]:
     """For outputs o = phase + p · stride, the inputs (o + padding - r · dilation) / stride.
 
     Those taps r for which that is a whole number are the same for a phase, and as far apart as
@@ -133,7 +135,7 @@ def transposed_taps(size: int, kernel: int, stride: int, padding: int, dilation:
                 out_step=stride,
             )
         )
-    return phases
+    return tuple(phases)
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -272,11 +274,11 @@ def partial_weights(
         steps = cdiv(n_places, launch.block_inner)
         constants = {"PRECISION": precision_of(dz.dtype), "PACKED": packed}
     programs = device_of(x).n_multiprocessors * (1 if launch is WEIGHT_WIDE else PROGRAMS)
-    size_of_part = 4 * n_outputs * n_taps * n_channels
+    wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
+    size_of_part = wide.itemsize * n_outputs * n_taps * n_channels
     fitting = max(MOST_PARTS // 8, dz.nbytes // size_of_part)  # into less memory than dz takes
     most = max(1, min(programs // n_tiles, steps // 4, MOST_PARTS, fitting))
     n_parts = most - most % 2 if most > 4 else most  # each number of parts is a kernel of its own
-    wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
     partials = dz.new_empty((n_parts, n_outputs, n_taps * n_channels), dtype=wide)
     run(
         "conv_weight_gradient",

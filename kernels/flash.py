@@ -15,10 +15,8 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.activation import tanh
-from gpunn.kernels.numeric import widen
+from gpunn.kernels.numeric import LOG2E, widen
 from gpunn.kernels.philox import dropout_factor
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -184,7 +184,7 @@ def row_norm_backward(
             dx if needs[0] else None, dresidual if needs[1] else None, *sums,
             n_rows, n_cols, *dropout_arguments(dropout_p or 1.0), launch=launch, CENTRED=centred,
             QUADS=n_cols % 4 == 0, ONE_PASS=n_cols <= launch.block_cols,
-            STAGES=_stages_for(s, launch, n_programs),
+            STAGES=_stages_for(s, launch, n_programs < n_rows),
         )  # fmt: skip
     if not held and any(needs[2:]):
         sums = _column_sums(dy, s, mean, invstd, needs[2:])
@@ -194,12 +194,12 @@ def row_norm_backward(
     return gradients
 
 
-def _stages_for(s: torch.Tensor, launch: RowLaunch, n_programs: int) -> int:
+def _stages_for(s: torch.Tensor, launch: RowLaunch, has_several: bool) -> int:
     """Rows of each operand on their way, with the one computed with, where a program has several.
 
     Of tiles of several rows some spill; of 32 bits, more than two do.
     """
-    if launch.block_rows > 1 or n_programs == s.shape[0]:
+    if launch.block_rows > 1 or not has_several:
         return 1
     return 3 if s.element_size() == 2 else 2
 

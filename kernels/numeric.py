@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def widen(x):
@@ -88,13 +90,10 @@ def log1p_unit(x):
     return 2 * artanh_small(s, 7)
 
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
 @triton.jit
 def exp_or_0(x):
     """exp(x), 0 where that is less than 2^-126 in float32: tl.exp spends three instructions on it.
 
     The difference from a maximum is to be taken before: the product rounds it relatively.
     """
-    return tl.exp2(x * LOG2_E)
+    return tl.exp2(x * LOG2E)

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,16 @@ def _kernels_alone() -> Iterator[None]:
 
     with gpunn.backend("kernels"):
         yield
+
+
+@pytest.fixture
+def demo_folder(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Demos import what they share as scripts do, from their folder; their packages are here."""
+    for package in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
+    folder = Path(__file__).resolve().parent.parent / "examples"
+    monkeypatch.syspath_prepend(folder)
+    return folder
 
 
 @pytest.fixture

@@ -13,16 +13,12 @@ import torch
 import gpunn
 from gpunn import models, nn
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PICTURES = ("filters.png", "learning_curve.png")
 
 
 @pytest.fixture
-def alexnet(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def alexnet(demo_folder: Path) -> ModuleType:
     """The demo, which imports what it shares as scripts do, from its own folder."""
-    for package in ("sklearn", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("alexnet")
 
 

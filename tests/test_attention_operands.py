@@ -13,9 +13,14 @@ import gpunn
 import gpunn.functional as GF
 from closeness import assert_accurate
 from gpunn.kernels import attention, attention_operands
-from gpunn.kernels.attention_operands import operand, read_by_descriptor, takes_descriptor
+from gpunn.kernels.attention_operands import (
+    head_block,
+    operand,
+    read_by_descriptor,
+    takes_descriptor,
+)
 from gpunn.kernels.attention_tiles import AttentionLaunch
-from gpunn.kernels.launch import Device
+from gpunn.kernels.launch import Device, captured
 from kit import as_numpy, launched
 
 H100 = Device(90, 132)
@@ -150,3 +155,15 @@ def test_what_a_descriptor_cannot_do(kind: str, device: str, read: list[bool]) -
         with gpunn.backend("kernels"):
             GF.attention_varlen(q, q, q, starts, starts, 11, 11)
     assert read == [False] * 3
+
+
+def test_narrow_heads_of_16_bits_have_wide_tiles() -> None:
+    """In tiles of 16 a GPU computed wrong values of 7 and 8 columns; the interpreter does not."""
+    halves, singles = torch.bfloat16, torch.float32
+    assert [head_block(n, halves) for n in (1, 7, 15, 16, 17, 40)] == [64, 64, 64, 16, 32, 64]
+    assert [head_block(n, singles) for n in (1, 7, 15, 16, 17, 40)] == [16, 16, 16, 16, 32, 64]
+    query, key = (torch.empty(1, 1, 8, 40, dtype=halves, device="meta") for _ in range(2))
+    value = torch.empty(1, 1, 8, 7, dtype=halves, device="meta")
+    with captured(H100) as calls:
+        GF.scaled_dot_product_attention(query, key, value)
+    assert [(c.keywords["BLOCK_HEAD"], c.keywords["BLOCK_HEAD_V"]) for c in calls] == [(64, 64)]

@@ -14,7 +14,8 @@ import gpunn.functional as GF
 from closeness import assert_accurate
 from gpunn.checks.comparison import any_algorithm
 from gpunn.functional.activation import TORCH
-from gpunn.kernels.batch_norm import unpacked_bits
+from gpunn.kernels import batch_norm as kernels
+from gpunn.kernels.batch_norm import StagedLaunch, unpacked_bits
 from gpunn.kernels.launch import launchers
 from gpunn.reference import activation as activations
 from gpunn.reference import batch_norm as reference
@@ -295,6 +296,29 @@ def test_a_mean_far_from_zero_keeps_its_variance(device: str) -> None:
     exact = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(squares.double() / n, exact.var(1, correction=0), rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_chunks_of_no_power_of_two(
+    channels_last: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three: a program adds up four, of which the last lies beyond them."""
+    small = StagedLaunch(4, block_positions=16, block_channels=8)
+    for name in ("STATISTICS_FIRST", "STATISTICS_LAST", "SUMS_FIRST", "SUMS_LAST"):
+        monkeypatch.setattr(kernels, name, small)
+    monkeypatch.setattr(kernels, "MOST_CHUNKS", 3)
+    x = torch.randn(3, 5, 16, device=device) + 2
+    x = with_channels_last(x) if channels_last else x
+    assert kernels.plan_for(x, False).sums.n_parts == kernels.plan_for(x, True).sums.n_parts == 3
+    dy, weight = torch.randn_like(x), torch.rand(5, device=device) + 0.5
+    results = []
+    for function, dtype in ((GF.batch_norm, x.dtype), (F.batch_norm, torch.float64)):
+        call: Any = function
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        y = call(leaves[0], None, None, leaves[1], training=True)
+        results.append([y, *torch.autograd.grad(y, leaves, dy.to(dtype))])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

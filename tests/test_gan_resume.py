@@ -13,15 +13,10 @@ import torch
 
 import gpunn
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
 
 @pytest.fixture
-def gan(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def gan(monkeypatch: pytest.MonkeyPatch, demo_folder: Path) -> ModuleType:
     """The demo, for games of ten steps: it measures, and writes a checkpoint, at every other."""
-    for package in ("sklearn", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
     module = importlib.import_module("gan")
     monkeypatch.setattr(module, "N_POINTS", 5)
     return module

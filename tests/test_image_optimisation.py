@@ -18,16 +18,12 @@ from closeness import assert_accurate
 from gpunn import nn
 from kit import as_numpy, launched
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_cpu(monkeypatch: Patch) -> Iterator[None]:
-    """PyTorch computes; the demo imports what it shares as scripts do, from its own folder."""
-    for package in ("sklearn", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
+def _as_on_a_cpu(demo_folder: Path) -> Iterator[None]:
+    """PyTorch computes."""
     with gpunn.backend("torch"):
         yield
 

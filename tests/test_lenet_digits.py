@@ -14,16 +14,12 @@ from torch.testing import assert_close
 
 import gpunn
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PICTURES = ("learning_curve.png", "feature_maps.png", "wrong_answers.png")
 
 
 @pytest.fixture
-def lenet_digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def lenet_digits(demo_folder: Path) -> ModuleType:
     """The demo, which imports what it shares as scripts do, from its own folder."""
-    for package in ("sklearn", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("lenet_digits")
 
 

@@ -11,15 +11,10 @@ import torch
 
 import gpunn
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
 
 @pytest.fixture
-def neuron(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def neuron(demo_folder: Path) -> ModuleType:
     """The demo, which imports what it shares as scripts do, from its own folder."""
-    for package in ("sklearn", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("neuron")
 
 

@@ -12,15 +12,10 @@ import torch
 
 import gpunn
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
 
 @pytest.fixture
-def photographs(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def photographs(demo_folder: Path) -> Iterator[ModuleType]:
     """The module, with PyTorch's ops; the test is skipped where its packages are missing."""
-    for package in ("sklearn", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
     with gpunn.backend("torch"):
         yield importlib.import_module("photographs")
 

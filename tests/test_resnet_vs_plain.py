@@ -13,15 +13,10 @@ import torch
 
 import gpunn
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def demo(demo_folder: Path) -> ModuleType:
     """The module; the test is skipped where its packages are missing."""
-    for package in ("sklearn", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("resnet_vs_plain")
 
 

@@ -22,11 +22,8 @@ PICTURES = "learning_curve", "cross_attention", "self_attention", "attention_lin
 
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def demo(demo_folder: Path) -> ModuleType:
     """The module; the test is skipped where its packages are missing."""
-    for package in ("sklearn", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("transformer_translate")
 
 

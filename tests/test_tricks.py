@@ -13,15 +13,10 @@ import torch
 
 import gpunn
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
 
 @pytest.fixture
-def tricks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def tricks(demo_folder: Path) -> ModuleType:
     """The demo, which imports what it shares as scripts do, from its own folder."""
-    for package in ("sklearn", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
-    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("tricks")
 
 
