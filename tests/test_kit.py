@@ -8,6 +8,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 import gpunn
 import gpunn.functional as GF
+from gpunn.checks.comparison import full_precision, on_cpu
 from gpunn.kernels.interpreter import INTERPRETING
 from kit import check_gradients, launched, layouts
 
@@ -89,3 +90,29 @@ def test_launched_wants_the_kernel_and_no_fallback(device: str) -> None:
         GF.relu(x, inplace=True)
     with pytest.raises(AssertionError, match="left to PyTorch"):
         launched(trace, "activation_forward")
+
+
+def test_products_are_compared_in_full_precision() -> None:
+    """In the tests by a fixture, in ``gpunn check`` by itself; and what was set stays so."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+    for setting in settings:
+        setting.fp32_precision = "tf32"
+    with full_precision():
+        assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+    assert [setting.fp32_precision for setting in settings] == ["tf32", "tf32"]
+
+
+def test_a_baseline_on_the_cpu(device: str) -> None:
+    x = torch.ones(3, device=device, requires_grad=True)
+    seen: list[torch.Tensor] = []
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return 2 * x
+
+    y = on_cpu(twice)(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert seen[0].is_cpu
+    assert (y.device, dx.device) == (x.device, x.device)
+    assert dx.tolist() == [2, 2, 2]
