@@ -7,7 +7,7 @@ formulas: S. Ioffe and C. Szegedy (2015), https://arxiv.org/abs/1502.03167.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,11 +41,12 @@ class StagedLaunch(ChannelsLaunch):
 
 # Of sums one or two programs run on a multiprocessor, so that few chunks are to be added up, and
 # tiles of each operand are read ahead into shared memory, 32 KiB or more in 16-bit types. Of
-# gradients, of which up to three operands are read, larger ones spill. Where channels are last, a
-# row of a tile is 128 bytes in 16-bit types. What follows has no sums to hold: several programs
-# share a multiprocessor. Of 206 MB in bfloat16 an H200 took 51 to 55 us for the statistics, and 65
-# to 82 without reading ahead; with one program of 16 warps, gradients by bits took 127 and 147 us
-# for what takes 111 (channels last) and 107.
+# gradients, of which up to three operands are read, larger ones spill; wider types have as many
+# fewer positions to a tile, which then fills the same memory. Where channels are last, a row of a
+# tile is 128 bytes in 16-bit types. What follows has no sums to hold: several programs share a
+# multiprocessor. Of 206 MB in bfloat16 an H200 took 51 to 55 us for the statistics, and 65 to 82
+# without reading ahead; with one program of 16 warps, gradients by bits took 127 and 147 us for
+# what takes 111 (channels last) and 107.
 STATISTICS_LAST = StagedLaunch(16, stages=4)
 STATISTICS_FIRST = StagedLaunch(16, block_positions=1024, block_channels=8, stages=4)
 SUMS_LAST = StagedLaunch(block_positions=64, stages=4)
@@ -108,9 +109,13 @@ def plan_for(x: torch.Tensor, backward: bool) -> Plan:
         n_parts = cdiv(n_positions, positions)
         return Share(launch, n_parts, (n_parts * n_across,), (*sizes, positions))
 
-    tiles = (STATISTICS_FIRST, STATISTICS_LAST), (SUMS_FIRST, SUMS_LAST)
-    n_programs = (STATISTICS_PROGRAMS, SUMS_PROGRAMS)[backward]
-    sums = share(tiles[backward][last], n_programs, MOST_CHUNKS)
+    if backward:
+        launch = (SUMS_FIRST, SUMS_LAST)[last]
+        positions = launch.block_positions * 2 // x.element_size()
+        launch = replace(launch, block_positions=positions)
+        sums = share(launch, SUMS_PROGRAMS, MOST_CHUNKS)
+    else:
+        sums = share((STATISTICS_FIRST, STATISTICS_LAST)[last], STATISTICS_PROGRAMS, MOST_CHUNKS)
     whole = share((WHOLE_FIRST, WHOLE_LAST)[last], WHOLE_PROGRAMS, n_positions)
     return Plan(sums, whole, last)
 
