@@ -1,18 +1,21 @@
 """The Transformer of "Attention is all you need" learns to translate, and shows where it looks.
 
     python examples/transformer_translate.py [--pair en-de] [--device auto] [--seed 0]
-        [--steps 800] [--out FOLDER] [--quick] [--resume] [--fsdp]
+        [--steps N] [--out FOLDER] [--corpus FOLDER] [--quick] [--resume] [--fsdp]
     torchrun --nproc-per-node 2 examples/transformer_translate.py ...
 
 Numbers in words, from English to German (``en-de``) or French (``en-fr``), as num2words spells
 them. German compounds are taken apart, so that what is said first in one language is last in the
 other: "seventy two" is "zwei und sieb zig". 500 numbers are held out and never trained on; a
-translation counts as right when all of its words are.
+translation counts as right when all of its words are. The larger setting, ``--pair en-es``, learns
+from verses of two Bibles, which Debian packages (``bible_verses.py`` says how to get them); books
+are held out, and translations, by beam search, compared with theirs by BLEU.
 
 The network is ``gpunn.models.transformer_small``, the paper's with 2 + 2 layers, 4 heads and 128
 channels, trained with label smoothing and the paper's learning rate times 0.4. Its attention to the
-source is held to a dictionary: for a word that can stand for one word of the source alone, the best
-head, chosen by sentences that were trained on, should look there.
+source is held to a dictionary (of verses, to Strong's concordance): for a word that can stand for
+one word of the source alone, the best head, chosen by sentences that were trained on, should look
+there.
 
 Every 200 steps a checkpoint is written to FOLDER/checkpoints, and ``--resume`` goes on from the
 last one with nothing lost: on a CPU the weights are those of a run that was not interrupted, bit
@@ -20,7 +23,8 @@ for bit. With torchrun, processes share each batch (DistributedDataParallel), or
 (``--fsdp``: FSDP2), over NCCL on GPUs and gloo on CPUs.
 
 Paper: Vaswani et al., "Attention is all you need", 2017, https://arxiv.org/abs/1706.03762.
-Numbers: num2words 0.5.14, LGPL.
+Numbers: num2words 0.5.14, LGPL. BLEU: Post, "A call for clarity in reporting BLEU scores", 2018,
+https://arxiv.org/abs/1804.08771 (sacrebleu).
 """
 
 from __future__ import annotations
@@ -28,29 +32,21 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import gpunn
+from bible_verses import FOLDER, bible_verses
 from checkpoint import CANNOT_RESUME
 from command_line import device_of, parser_for
 from gpunn.models import TranslationTransformer
+from number_words import number_words
 from processes import processes
-from translation_data import (
-    LANGUAGES,
-    N_HELD_OUT,
-    N_TRAIN,
-    Corpus,
-    Dictionary,
-    Sentences,
-    aligned,
-    dictionary,
-    number_words,
-)
-from translation_training import MEASURED_ROWS, Options, Point, Training, train
+from translation_data import Corpus, Sentences, sentence
+from translation_training import MEASURED_ROWS, Options, Point, Setting, Training, train
 
 try:
     from matplotlib.figure import Figure
@@ -61,12 +57,45 @@ except ModuleNotFoundError as error:
         f"The demos need {error.name}: pip install 'gpunn[demo]'", name=error.name
     ) from None
 
-STEPS, QUICK_STEPS = 800, 120
-EXPECTED = {"en-de": 0.97, "en-fr": 0.98}
-EXPECTED_ALIGNED = 0.97
-QUICK_EXPECTED, QUICK_ALIGNED = 0.5, 0.6
-QUICK_TRAIN, QUICK_HELD_OUT = 3000, 100
 N_SHOWN, DRAWN_WORDS = 4, 9
+N_POINTED = 500  # sentences that choose the head
+
+
+@dataclass(frozen=True)
+class Task:
+    """What there is to learn, how, and the figures to expect."""
+
+    corpus: Callable[[Path], Corpus]
+    steps: int
+    expected: float
+    """Of translations: the share without a fault of numbers, BLEU of verses."""
+    expected_aligned: float
+    setting: Setting
+    n_beams: int = 1
+    by_bleu: bool = False
+    """Not by translations without a fault: of a sentence there are many."""
+
+
+def numbers(pair: str, expected: float) -> tuple[Task, Task]:
+    """Spelt in two languages; and the quick task."""
+    return (
+        Task(lambda _: number_words(pair), 800, expected, 0.97, Setting()),
+        Task(lambda _: number_words(pair, 3000, 100), 120, 0.5, 0.6, Setting()),
+    )
+
+
+VERSES = Setting(
+    factor=1.0, warm_up=400, measure_every=200, save_every=400,
+    network={"norm_first": True, "dropout": 0.1},
+)  # fmt: skip
+TASKS = {
+    "en-de": numbers("en-de", 0.97),
+    "en-fr": numbers("en-fr", 0.98),
+    "en-es": (
+        Task(bible_verses, 3000, 23.0, 0.5, VERSES, n_beams=4, by_bleu=True),
+        Task(bible_verses, 120, 0.1, 0.1, VERSES, n_beams=4, by_bleu=True),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -78,35 +107,51 @@ class Result:
     """The translations of what was held out."""
     exact: float
     """The share of held-out sentences whose translation is right, word for word."""
+    bleu: float | None
+    """Of all of them, in percent, where the task is judged by it."""
     head: tuple[int, int]
     aligned: float
     """The share of unambiguous words at which this head, (layer, head), looks at the right one."""
     unambiguous: float
-    """The share of held-out words that can stand for one word of the source alone."""
+    """The share of held-out words that are known to stand for one word of the source alone."""
     trace: gpunn.Trace
     pictures: list[Path]
 
 
 def translations(
-    model: TranslationTransformer, corpus: Corpus, sentences: Sentences
+    model: TranslationTransformer, corpus: Corpus, sentences: Sentences, n_beams: int
 ) -> list[list[str]]:
-    """The likeliest word, one after the other."""
+    """The best that a beam search finds; with one beam, the likeliest word, then the next."""
     device, found = model.output.weight.device, []
     for rows in torch.arange(len(sentences)).split(MEASURED_ROWS):
         source, target = sentences.batch(rows)
-        tokens = model.translate(source.to(device), target.shape[1] + 5)
+        tokens, _ = model.beam_search(source.to(device), target.shape[1] + 5, n_beams=n_beams)
         found += [corpus.target_words.decoded(row) for row in tokens.tolist()]
     return found
 
 
-def pointing(
-    model: TranslationTransformer, sentences: Sentences, words: Dictionary
-) -> tuple[torch.Tensor, float]:
+def bleu(said: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> float:
+    """sacrebleu's, in percent, of lower-case text; a word that is not known is wrong.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"BLEU needs {error.name}: pip install 'gpunn[demo]'", name=error.name
+        ) from None
+    theirs, ours = (list(map(sentence, sentences)) for sentences in (truth, said))
+    return float(BLEU().corpus_score(ours, [theirs]).score)
+
+
+def pointing(model: TranslationTransformer, sentences: Sentences) -> tuple[torch.Tensor, float]:
     """The share of unambiguous words at which each head, (layers, heads), looks at the right one.
 
     And the share of unambiguous ones among the words. Row i of a map is of word i + 1.
     """
-    places = [aligned(pair, words) for pair in sentences.pairs]
+    places = [pair.places for pair in sentences.pairs]
     n = sum(map(len, places))
     hits = 0
     device = model.output.weight.device
@@ -118,7 +163,7 @@ def pointing(
             for word, place in places[row].items():
                 hits = hits + (best[:, i, :, word] == place)
     share = torch.as_tensor(hits, dtype=torch.float64) / max(n, 1)
-    return share, n / sum(len(target) for _, target in sentences.pairs)
+    return share, n / sum(len(pair.target) for pair in sentences.pairs)
 
 
 def least_loss(n_words: int, smoothing: float) -> float:
@@ -154,9 +199,9 @@ def draw_learning_curve(curve: Sequence[Point], least: float) -> Figure:
 
 def draw_attention(model: TranslationTransformer, corpus: Corpus, layer: int) -> dict[str, Figure]:
     """Of one held-out sentence: maps of every head, and lines as in the paper's figure 5."""
-    lengths = [len(theirs) for theirs, _ in corpus.held_out.pairs]
+    lengths = [len(pair.source) for pair in corpus.held_out.pairs]
     row = min(range(len(lengths)), key=lambda i: abs(lengths[i] - DRAWN_WORDS))
-    theirs, ours = corpus.held_out.pairs[row]
+    theirs, ours, _ = corpus.held_out.pairs[row]
     source, target = corpus.held_out.batch(torch.tensor([row]))
     device = model.output.weight.device
     maps = model.attention_maps(source.to(device), target[:, :-1].to(device))
@@ -177,19 +222,20 @@ def draw_attention(model: TranslationTransformer, corpus: Corpus, layer: int) ->
     }
 
 
-def measure(training: Training, model: TranslationTransformer, trace: gpunn.Trace) -> Result:
+def measure(
+    task: Task, training: Training, model: TranslationTransformer, trace: gpunn.Trace
+) -> Result:
     """Translate what was held out, find the best head, and draw."""
     corpus, options = training.corpus, training.options
-    said = translations(model, corpus, corpus.held_out)
-    truth = [ours for _, ours in corpus.held_out.pairs]
+    said = translations(model, corpus, corpus.held_out, task.n_beams)
+    truth = [pair.target for pair in corpus.held_out.pairs]
     exact = sum(map(list.__eq__, said, truth)) / len(truth)
-    words = dictionary(options.pair)
-    seen, _ = pointing(model, corpus.train.first(N_HELD_OUT), words)
+    seen, _ = pointing(model, corpus.train.first(N_POINTED))
     layer, head = divmod(int(seen.argmax()), seen.shape[1])
-    shares, unambiguous = pointing(model, corpus.held_out, words)
+    shares, unambiguous = pointing(model, corpus.held_out)
     figures = {
         "learning_curve.png": draw_learning_curve(
-            training.curve, least_loss(len(corpus.target_words), options.setting.smoothing)
+            training.curve, least_loss(len(corpus.target_words), task.setting.smoothing)
         ),
         **draw_attention(model, corpus, layer),
     }
@@ -197,14 +243,14 @@ def measure(training: Training, model: TranslationTransformer, trace: gpunn.Trac
     for name, figure in figures.items():
         figure.savefig(options.out / name, dpi=100, bbox_inches="tight", pad_inches=0.15)
     return Result(
-        training.curve, said, exact, (layer, head), float(shares[layer, head]), unambiguous, trace,
-        [options.out / name for name in figures],
+        training.curve, said, exact, bleu(said, truth) if task.by_bleu else None, (layer, head),
+        float(shares[layer, head]), unambiguous, trace, [options.out / name for name in figures],
     )  # fmt: skip
 
 
-def run(options: Options) -> Result | None:
+def run(task: Task, options: Options, folder: Path) -> Result | None:
     """Train, translate, measure and draw; None in all processes but the first."""
-    corpus = number_words(options.pair, options.n_train, options.n_held_out)
+    corpus = task.corpus(folder)
     if options.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 on the tensor cores
     with processes(options.device) as (group, device):
@@ -212,71 +258,70 @@ def run(options: Options) -> Result | None:
         model = training.whole()
         if not group.first:
             return None
-        result = measure(training, model, trace)
-        report(result, corpus, options)
+        result = measure(task, training, model, trace)
+        report(result, corpus, task, device)
         return result
 
 
-def report(result: Result, corpus: Corpus, options: Options) -> None:
+def report(result: Result, corpus: Corpus, task: Task, device: torch.device) -> None:
     """Print what was found; last, the figures beside those expected."""
-    for (theirs, truth), said in list(zip(corpus.held_out.pairs, result.said, strict=True))[
-        :N_SHOWN
-    ]:
-        right = "right" if said == truth else f"wrong: {' '.join(truth)}"
-        print(f"{' '.join(theirs)} -> {' '.join(said)} ({right})")
-    print(f"A training step on {options.device} ran:\n{result.trace}")
+    for pair, said in list(zip(corpus.held_out.pairs, result.said, strict=True))[:N_SHOWN]:
+        right = "right" if said == pair.target else f"wrong: {sentence(pair.target)}"
+        print(f"{sentence(pair.source)} -> {sentence(said)} ({right})")
+    print(f"A training step on {device} ran:\n{result.trace}")
     print("Pictures:", *result.pictures)
     layer, head = result.head
     print(
         f"Head {head + 1} of layer {layer + 1} looks at the right word for {result.aligned:.1%} of "
-        f"the unambiguous words (expected: at least {options.expected_aligned:.0%}), which are "
+        f"the unambiguous words (expected: at least {task.expected_aligned:.0%}), which are "
         f"{result.unambiguous:.0%} of all"
     )
-    print(
-        f"Held-out translations without a fault: {result.exact:.1%} of {len(corpus.held_out)} "
-        f"(expected: at least {options.expected:.0%})"
-    )
+    exact = f"Held-out translations without a fault: {result.exact:.1%} of {len(corpus.held_out)}"
+    if result.bleu is None:
+        print(f"{exact} (expected: at least {task.expected:.0%})")
+    else:
+        print(exact)
+        print(f"BLEU of them all: {result.bleu:.1f} (expected: at least {task.expected:g})")
 
 
-def parse(argv: Sequence[str] | None) -> Options:
-    """The options of a command line."""
+def parse(argv: Sequence[str] | None) -> tuple[Task, Options, Path]:
+    """What a command line asks for, and the folder of its corpus."""
     parser = parser_for(__doc__, "transformer_translate")
-    parser.add_argument("--pair", choices=sorted(LANGUAGES), default="en-de", help="languages")
+    parser.add_argument("--pair", choices=sorted(TASKS), default="en-de", help="languages")
     parser.add_argument("--seed", type=int, default=0, help="of everything random but the numbers")
-    parser.add_argument("--steps", type=int, help=f"mini-batches (default: {STEPS})")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_STEPS} steps, {QUICK_TRAIN} numbers"
-    )
+    default = ", ".join(f"{task.steps} for {pair}" for pair, (task, _) in TASKS.items())
+    parser.add_argument("--steps", type=int, help=f"mini-batches (default: {default})")
+    parser.add_argument("--corpus", type=Path, default=FOLDER, help="where en-es finds its verses")
+    parser.add_argument("--quick", action="store_true", help="fewer steps, of fewer numbers")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument(
         "--fsdp", action="store_true", help="with torchrun: the processes share the network"
     )
     given = parser.parse_args(argv)
-    steps = given.steps if given.steps is not None else QUICK_STEPS if given.quick else STEPS
+    task = TASKS[given.pair][given.quick]
+    steps = task.steps if given.steps is None else given.steps
     if steps < 1:
         parser.error(f"--steps: expected 1 or more, got {steps}")
     if given.fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         parser.error("--fsdp: expected two processes or more, as torchrun starts them")
-    return Options(
+    options = Options(
         device=device_of(parser, given.device),
         seed=given.seed,
         steps=steps,
         out=given.out,
         pair=given.pair,
-        n_train=QUICK_TRAIN if given.quick else N_TRAIN,
-        n_held_out=QUICK_HELD_OUT if given.quick else N_HELD_OUT,
-        expected=QUICK_EXPECTED if given.quick else EXPECTED[given.pair],
-        expected_aligned=QUICK_ALIGNED if given.quick else EXPECTED_ALIGNED,
         resume=given.resume,
         fsdp=given.fsdp,
+        setting=task.setting,
     )
+    return task, options, given.corpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 1, saying why, without num2words or a checkpoint that can be gone on from."""
+    """Run the demo; 1, saying why, without the data or a checkpoint that can be gone on from."""
     try:
-        run(parse(argv))
-    except (*CANNOT_RESUME, ModuleNotFoundError) as error:
+        run(*parse(argv))
+    except (*CANNOT_RESUME, ModuleNotFoundError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -44,10 +44,6 @@ class Options:
     steps: int
     out: Path
     pair: str
-    n_train: int
-    n_held_out: int
-    expected: float
-    expected_aligned: float
     resume: bool = False
     fsdp: bool = False
     setting: Setting = Setting()

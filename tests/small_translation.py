@@ -27,7 +27,7 @@ def corpus() -> data.Corpus:
     pairs = []
     for i in range(44):
         words = [digits[d] for d in torch.randint(10, (1 + i % 4,), generator=generator).tolist()]
-        pairs.append((words, [word.upper() for word in reversed(words)]))
+        pairs.append(data.Pair(words, [word.upper() for word in reversed(words)], {}))
     return data.Corpus.of(pairs[4:], pairs[:4])
 
 
@@ -39,8 +39,7 @@ def options(
         batch=batch, warm_up=4, measure_every=4, save_every=2, network={**NETWORK, **network}
     )
     given = {
-        "device": torch.device("cpu"), "seed": 3, "out": out, "pair": "en-de", "n_train": 40,
-        "n_held_out": 4, "expected": 0.0, "expected_aligned": 0.0, "setting": setting,
+        "device": torch.device("cpu"), "seed": 3, "out": out, "pair": "en-de", "setting": setting,
     }  # fmt: skip
     return training.Options(**{**given, "steps": steps, **others})
 

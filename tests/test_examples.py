@@ -21,9 +21,9 @@ from kit import as_numpy, launched
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 SHARED = (
-    "attention_pictures", "checkpoint", "command_line", "feature_networks", "gan_judge",
-    "gan_networks", "gan_pictures", "gan_training", "image_optimisation", "photographs",
-    "processes", "translation_data", "translation_training",
+    "attention_pictures", "bible_verses", "checkpoint", "command_line", "feature_networks",
+    "gan_judge", "gan_networks", "gan_pictures", "gan_training", "image_optimisation",
+    "number_words", "photographs", "processes", "translation_data", "translation_training",
 )  # fmt: skip
 DEMOS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in SHARED)
 PACKAGES = ("sklearn", "matplotlib", "rich")

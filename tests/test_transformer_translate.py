@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import sys
@@ -28,9 +29,13 @@ def demo(demo_folder: Path) -> ModuleType:
 
 
 @pytest.fixture
-def data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(EXAMPLES)
+def data(demo_folder: Path) -> ModuleType:
     return importlib.import_module("translation_data")
+
+
+@pytest.fixture
+def numbers(demo_folder: Path) -> ModuleType:
+    return importlib.import_module("number_words")
 
 
 def test_the_quick_demo_reaches_its_figures(
@@ -41,6 +46,7 @@ def test_the_quick_demo_reaches_its_figures(
     from matplotlib.image import imread
 
     out = tmp_path / "new" / "folder"
+    _, quick = demo.TASKS["en-de"]
     with gpunn.backend("torch"):
         assert demo.main(["--quick", "--device", "cpu", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -49,10 +55,10 @@ def test_the_quick_demo_reaches_its_figures(
     *_, heads, last = printed.splitlines()
     said = re.fullmatch(r"Held-out .*: ([\d.]+)% of \d+ \(expected: at least (\d+)%\)", last)
     assert said, last
-    assert float(said[1]) >= float(said[2]) == 100 * demo.QUICK_EXPECTED > 0
+    assert float(said[1]) >= float(said[2]) == 100 * quick.expected > 0
     said = re.search(r"looks at .* ([\d.]+)% of .* at least (\d+)%\), which are (\d+)%", heads)
     assert said, heads
-    assert float(said[1]) >= float(said[2]) == 100 * demo.QUICK_ALIGNED > 0
+    assert float(said[1]) >= float(said[2]) == 100 * quick.expected_aligned > 0
     assert float(said[3]) > 50, "too few words are measured"
     for name in PICTURES:
         pixels = imread(out / f"{name}.png")
@@ -67,50 +73,58 @@ GERMAN = {
 }  # fmt: skip
 
 
-def test_german_compounds_are_taken_apart(data: ModuleType) -> None:
+def test_german_compounds_are_taken_apart(numbers: ModuleType) -> None:
     """Into parts that, joined, are the word."""
     num2words = pytest.importorskip("num2words", reason=NO_NUMBERS).num2words
-    assert {n: " ".join(data.spelt(n, "de")) for n in GERMAN} == GERMAN
+    assert {n: " ".join(numbers.spelt(n, "de")) for n in GERMAN} == GERMAN
     for number in range(7, 1_000_000, 2741):
-        assert "".join(data.spelt(number, "de")) == num2words(number, lang="de")
-    assert data.spelt(1_081, "fr") == "mille quatre vingt un".split()
-    assert data.spelt(21_345, "en") == "twenty one thousand three hundred and forty five".split()
+        assert "".join(numbers.spelt(number, "de")) == num2words(number, lang="de")
+    assert numbers.spelt(1_081, "fr") == "mille quatre vingt un".split()
+    assert numbers.spelt(21_345, "en") == "twenty one thousand three hundred and forty five".split()
 
 
-def test_no_held_out_number_is_trained_on(data: ModuleType) -> None:
+def test_no_held_out_number_is_trained_on(data: ModuleType, numbers: ModuleType) -> None:
     """The numbers are the same each time, of all lengths, and every held-out word is known."""
     pytest.importorskip("num2words", reason=NO_NUMBERS)
-    corpus = data.number_words("en-de", 1500)
+    corpus = numbers.number_words("en-de", 1500)
     held_out, train = (
-        {" ".join(source) for source, _ in part.pairs} for part in (corpus.held_out, corpus.train)
+        {" ".join(pair.source) for pair in part.pairs} for part in (corpus.held_out, corpus.train)
     )
     assert (len(held_out), len(train)) == (500, 1500)
     assert not held_out & train
     assert sum("thousand" not in words for words in held_out) > 100
     assert data.UNKNOWN not in corpus.held_out.source
-    assert torch.equal(data.number_words("en-de", 1500).train.target, corpus.train.target)
+    assert torch.equal(numbers.number_words("en-de", 1500).train.target, corpus.train.target)
 
 
-def test_which_words_stand_for_which(data: ModuleType) -> None:
-    """By hand; a word that can stand for two of the source is left out, and so is "und"."""
+ALIGNED = [
+    ("en-de", "two hundred and eighty five", "zwei hundert fünf und acht zig", "00 11 24 43"),
+    ("en-de", "forty two thousand and two", "zwei und vier zig tausend zwei", "20 42"),
+    ("en-fr", "seventy two thousand", "soixante douze mille", "00 22"),
+    ("en-fr", "two hundred and eighty one", "deux cent quatre vingt un", "00 23 33 44"),
+    ("en-fr", "two hundred and ninety seven", "deux cent quatre vingt dix sept", "00 11 23 33 54"),
+]
+
+
+@pytest.mark.parametrize(("pair", "source", "target", "places"), ALIGNED)
+def test_which_words_stand_for_which(
+    numbers: ModuleType, pair: str, source: str, target: str, places: str
+) -> None:
+    """By hand; a word that can stand for two of the source is left out, and so is "und".
+
+    Places are a digit for the word and one for the word of the source.
+    """
     pytest.importorskip("num2words", reason=NO_NUMBERS)
-    german, french = data.dictionary("en-de"), data.dictionary("en-fr")
-    pair = "two hundred and eighty five".split(), "zwei hundert fünf und acht zig".split()
-    assert data.aligned(pair, german) == {0: 0, 1: 1, 2: 4, 4: 3}
-    pair = "forty two thousand and two".split(), "zwei und vier zig tausend zwei".split()
-    assert data.aligned(pair, german) == {2: 0, 4: 2}
-    pair = "seventy two thousand".split(), "soixante douze mille".split()
-    assert data.aligned(pair, french) == {0: 0, 2: 2}
-    pair = "two hundred and eighty one".split(), "deux cent quatre vingt un".split()
-    assert data.aligned(pair, french) == {0: 0, 2: 3, 3: 3, 4: 4}
-    pair = "two hundred and ninety seven".split(), "deux cent quatre vingt dix sept".split()
-    assert data.aligned(pair, french) == {0: 0, 1: 1, 2: 3, 3: 3, 5: 4}
+    words = numbers.dictionary(pair)
+    found = numbers.aligned(source.split(), target.split(), words)
+    assert " ".join(f"{i}{j}" for i, j in sorted(found.items())) == places
 
 
 def test_words_become_numbers_and_words_again(data: ModuleType) -> None:
     """Rare ones are unknown; sentences have their end, targets their start, and are padded."""
-    train = [(["a", "b", "a"], ["x"]), (["a"], ["y", "x"])]
-    corpus = data.Corpus.of(train, [(["a", "c"], ["x", "z"])], at_least=2)
+    train = [data.Pair(["a", "b", "a"], ["x"], {}), data.Pair(["a"], ["y", "x"], {})]
+    held_out = [data.Pair(["a", "c"], ["x", "z"], {})]
+    corpus = data.Corpus.of(train, held_out, at_least=2)
     assert corpus.source_words.words == ["<pad>", "<s>", "</s>", "<unk>", "a"]
     assert corpus.train.source.tolist() == [[4, 3, 4, 2], [4, 2, 0, 0]]
     assert corpus.train.target.tolist() == [[1, 4, 2, 0], [1, 3, 4, 2]]
@@ -120,6 +134,19 @@ def test_words_become_numbers_and_words_again(data: ModuleType) -> None:
     words = corpus.target_words
     assert words.decoded([1, 4, 3, 2, 4]) == ["x", "<unk>"]
     assert words.decoded([4, 0]) == ["x"]
+    train.append(data.Pair(["b"], ["b"], {}))
+    both = data.Corpus.of(train, held_out, at_least=3, one_vocabulary=True)
+    assert both.source_words.words == both.target_words.words == [*data.SPECIAL, "a", "b"]
+
+
+def test_sentences_are_written_as_in_a_book(data: ModuleType, demo: ModuleType) -> None:
+    words = "¿ quién dijo ( y á <unk> ) : ven , y verás ?".split()
+    assert data.sentence(words) == "¿quién dijo (y á ⁇): ven, y verás?"
+    pytest.importorskip("sacrebleu", reason="no sacrebleu: pip install 'gpunn[demo]'")
+    unknown = [word if word != "<unk>" else "moisés" for word in words]
+    assert demo.bleu([words], [words]) == pytest.approx(100)
+    assert 50 < demo.bleu([words], [unknown]) < 95
+    assert demo.bleu([["nada"]], [words]) < 1
 
 
 def test_every_sentence_is_read_once_a_pass(demo: ModuleType, tmp_path: Path) -> None:
@@ -188,11 +215,12 @@ def test_the_least_loss_is_what_the_loss_of_the_best_logits_is(demo: ModuleType)
     assert demo.least_loss(7, 0.1) == pytest.approx(loss.item())
 
 
-def test_heads_are_held_to_the_dictionary(demo: ModuleType, monkeypatch: Any) -> None:
+def test_heads_are_held_to_known_places(demo: ModuleType, data: ModuleType) -> None:
     """Two words a sentence; of the two heads, one looks straight and one crosswise."""
-    data = importlib.import_module("translation_data")
-    pairs = [(["a", "b"], ["A", "B"]), (["b", "a"], ["B", "A"])]
-    sentences = data.Corpus.of(pairs, pairs).held_out
+
+    def of(*places: dict[int, int]) -> Any:
+        pairs = [data.Pair(["a", "b"], ["A", "B"], place) for place in places]
+        return data.Corpus.of(pairs, pairs).held_out
 
     class Fake:
         output = torch.nn.Linear(1, 1)
@@ -202,11 +230,10 @@ def test_heads_are_held_to_the_dictionary(demo: ModuleType, monkeypatch: Any) ->
             maps = torch.stack([straight, straight[:, [1, 0, 2]]], 1)
             return gpunn.models.AttentionMaps([], [], [maps])
 
-    shares, unambiguous = demo.pointing(Fake(), sentences, {"A": {"a"}, "B": {"b"}})
-    assert shares.tolist() == [[1.0, 0.0]]
-    assert unambiguous == 1
-    shares, unambiguous = demo.pointing(Fake(), sentences, {"A": {"a"}, "B": {"a", "b"}})
-    assert (shares.tolist(), unambiguous) == ([[1.0, 0.0]], 0.5)
+    shares, unambiguous = demo.pointing(Fake(), of({0: 0, 1: 1}, {0: 0, 1: 1}))
+    assert (shares.tolist(), unambiguous) == ([[1.0, 0.0]], 1)
+    shares, unambiguous = demo.pointing(Fake(), of({0: 0}, {1: 0}))
+    assert (shares.tolist(), unambiguous) == ([[0.5, 0.5]], 0.5)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +264,8 @@ def test_damaged_checkpoints_end_the_demo_with_a_message(
     demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     small = importlib.import_module("small_translation")
-    monkeypatch.setattr(demo, "number_words", lambda *arguments: small.corpus())
+    task = dataclasses.replace(demo.TASKS["en-de"][0], corpus=lambda _: small.corpus())
+    monkeypatch.setitem(demo.TASKS, "en-de", (task, task))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "checkpoint-000001.pt").write_bytes(b"nothing")
     with gpunn.backend("torch"):
