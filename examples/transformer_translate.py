@@ -79,13 +79,13 @@ class Task:
 def numbers(pair: str, expected: float) -> tuple[Task, Task]:
     """Spelt in two languages; and the quick task."""
     return (
-        Task(lambda _: number_words(pair), 800, expected, 0.97, Setting()),
+        Task(lambda _: number_words(pair), 400, expected, 0.98, Setting()),
         Task(lambda _: number_words(pair, 3000, 100), 120, 0.5, 0.6, Setting()),
     )
 
 
 VERSES = Setting(
-    factor=1.0, warm_up=400, measure_every=200, save_every=400,
+    warm_up=400, factor=1.0, measure_every=200, save_every=400,
     network={"norm_first": True, "dropout": 0.1},
 )  # fmt: skip
 TASKS = {

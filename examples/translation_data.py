@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,12 @@ class Sentences:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Numbers that sort by the source's length, then by the target's."""
+        source, target = ((tokens != PADDING).sum(1) for tokens in (self.source, self.target))
+        return source * (self.target.shape[1] + 1) + target
 
     def first(self, n: int) -> Sentences:
         """So many of them."""

@@ -26,8 +26,12 @@ class Setting:
     """How a corpus is learnt."""
 
     batch: int = 64
+    sorted_batches: int = 16
+    """So many batches at a time are drawn, then divided by length, which leaves less padding."""
     warm_up: int = 200
-    factor: float = 0.4
+    factor: float = 0.5
+    cool_down: float = 0.75
+    """The share of the steps, the last ones, in which the paper's rate falls on to zero."""
     smoothing: float = 0.1
     measure_every: int = 50
     save_every: int = 200
@@ -94,11 +98,22 @@ class Training:
         return transformer_small(*sizes, **self.options.setting.network)
 
     def rows(self) -> torch.Tensor:
-        """The next batch: in every pass all sentences, in an order that is the pass's own."""
-        n, size = len(self.corpus.train), self.options.setting.batch
-        epoch, place = divmod(self.step, n // size)
+        """The next batch: sentences of about one length, and none twice in a pass."""
+        setting, train = self.options.setting, self.corpus.train
+        n_batches = len(train) // setting.batch
+        epoch, place = divmod(self.step, n_batches)
         generator = torch.Generator().manual_seed(1_000_003 * self.options.seed + epoch)
-        return torch.randperm(n, generator=generator)[place * size : (place + 1) * size]
+        drawn = torch.randperm(len(train), generator=generator)[: n_batches * setting.batch]
+        parts = drawn.split(setting.sorted_batches * setting.batch)
+        ordered = torch.cat([rows[train.lengths[rows].argsort(stable=True)] for rows in parts])
+        batches = torch.randperm(n_batches, generator=generator)
+        return ordered.view(n_batches, setting.batch)[batches[place]]
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        setting, steps = self.options.setting, self.options.steps
+        rate = noam_rate(self.step + 1, self.width, setting.warm_up, setting.factor)
+        return rate * min(1.0, (steps - self.step) / max(setting.cool_down * steps, 1))
 
     def advance(self) -> float:
         """One step; the mean loss of a word before it, over the whole batch."""
@@ -107,9 +122,8 @@ class Training:
         n_words = int((target[:, 1:] != PADDING).sum())
         source, target = (group.part(tokens).to(self.device) for tokens in (source, target))
         loss = loss_of(self.model, source, target, setting.smoothing) / n_words
-        rate = noam_rate(self.step + 1, self.width, setting.warm_up, setting.factor)
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
+            parameters["lr"] = self.rate()
         self.optimizer.zero_grad()
         (loss * group.size).backward()  # gradients are the mean over the processes
         self.optimizer.step()
@@ -151,7 +165,7 @@ class Training:
         options = self.options
         return {
             "pair": options.pair, "seed": options.seed, "processes": self.group.size,
-            "sentences": len(self.corpus.train), **asdict(options.setting),
+            "steps": options.steps, "sentences": len(self.corpus.train), **asdict(options.setting),
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:

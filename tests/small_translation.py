@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -32,11 +35,23 @@ def corpus() -> data.Corpus:
 
 
 def options(
-    out: Path, steps: int, network: dict[str, Any], batch: int = 8, **others: Any
+    out: Path,
+    steps: int,
+    network: dict[str, Any],
+    batch: int = 8,
+    sorted_batches: int = 2,
+    cool_down: float = 0.5,
+    **others: Any,
 ) -> training.Options:
     """A checkpoint after every other step, a point of the curve after every fourth."""
     setting = training.Setting(
-        batch=batch, warm_up=4, measure_every=4, save_every=2, network={**NETWORK, **network}
+        batch=batch,
+        sorted_batches=sorted_batches,
+        cool_down=cool_down,
+        warm_up=4,
+        measure_every=4,
+        save_every=2,
+        network={**NETWORK, **network},
     )
     given = {
         "device": torch.device("cpu"), "seed": 3, "out": out, "pair": "en-de", "setting": setting,
@@ -47,6 +62,24 @@ def options(
 def trained(given: training.Options) -> training.Training:
     """By one process."""
     return training.train(corpus(), given, given.device, Processes())[0]
+
+
+def kill(given: training.Options, step: int, group: Processes) -> None:
+    """A training that ends in the middle of this step."""
+    advance = training.Training.advance
+
+    def advance_or_die(self: training.Training) -> float:
+        loss = advance(self)
+        if self.step == step:
+            raise KeyboardInterrupt
+        return loss
+
+    with (
+        mock.patch.object(training.Training, "advance", advance_or_die),
+        suppress(KeyboardInterrupt),
+    ):
+        training.train(corpus(), given, given.device, group)
+        raise AssertionError(f"the training did not come to step {step}")
 
 
 def last_gradient(found: training.Training) -> torch.Tensor:
@@ -60,13 +93,14 @@ def last_gradient(found: training.Training) -> torch.Tensor:
 def train_together(out: Path, group: Processes) -> None:
     """In both ways of sharing, two processes get the curve of one with the whole batch.
 
-    In two halves, so that what is shared is also saved and taken up again.
+    They are killed in between, so that what is shared is also saved and taken up again.
     """
     alone = trained(options(out / f"alone {group.rank}", 6, {"dropout": 0.0}))
     for fsdp in (False, True):
-        for steps, resume in ((2, False), (6, True)):
-            given = options(out / str(fsdp), steps, {"dropout": 0.0}, fsdp=fsdp, resume=resume)
-            found, _ = training.train(corpus(), given, given.device, group)
+        given = options(out / str(fsdp), 6, {"dropout": 0.0}, fsdp=fsdp)
+        kill(given, 3, group)
+        given = replace(given, resume=True)
+        found, _ = training.train(corpus(), given, given.device, group)
         # Not of all: the gradient of keys' bias is 0 but for rounding, which Adam divides by.
         weights = found.whole().output.weight, alone.whole().output.weight
         torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)

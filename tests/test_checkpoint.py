@@ -147,32 +147,14 @@ def assert_same_training(got: Any, expected: Any) -> None:
     assert torch.equal(state["generators"][0]["cpu"], exact["generators"][0]["cpu"])
 
 
-def killed_at(small: Any, step: int, given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that ends in the middle of this step."""
-    advance = small.training.Training.advance
-
-    def advance_or_die(self: Any) -> float:
-        loss: float = advance(self)
-        if self.step == step:
-            raise KeyboardInterrupt
-        return loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(small.training.Training, "advance", advance_or_die)
-        with pytest.raises(KeyboardInterrupt):
-            small.trained(given)
-
-
 @pytest.mark.parametrize("choice", ["torch", "kernels"])
-def test_killed_and_resumed_is_uninterrupted(
-    choice: Any, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_resumed_is_uninterrupted(choice: Any, small: Any, tmp_path: Path) -> None:
     """Past the end of a pass over the data, with dropout; on the kernels, by smaller batches."""
     steps, killed, batch = (9, 8, 8) if choice == "torch" else (3, 3, 2)
     with gpunn.backend(choice):
         expected = small.trained(small.options(tmp_path / "whole", steps, {}, batch))
         given = small.options(tmp_path / "killed", steps, {}, batch)
-        killed_at(small, killed, given, monkeypatch)
+        small.kill(given, killed, small.Processes())
         torch.manual_seed(99)
         given = small.options(tmp_path / "killed", steps, {}, batch, resume=True)
         assert_same_training(small.trained(given), expected)
@@ -201,8 +183,11 @@ def test_a_run_with_other_options_is_refused(
         for name, changes in (
             ("seed = 3, this run 4", {"seed": 4}),
             ("pair = en-de, this run en-fr", {"pair": "en-fr"}),
+            ("steps = 2, this run 3", {"steps": 3}),
         ):
-            given: Any = small.options(tmp_path, 4, {}, resume=True, **changes)
+            given: Any = small.options(
+                tmp_path, **{"steps": 2, "network": {}, **changes}, resume=True
+            )
             with pytest.raises(checkpoint.ResumeError, match=f"--resume: .*{name}"):
                 small.trained(given)
         small.trained(small.options(tmp_path / "none", 1, {}, resume=True))

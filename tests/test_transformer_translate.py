@@ -171,6 +171,45 @@ def test_every_sentence_is_read_once_a_pass(demo: ModuleType, tmp_path: Path) ->
     assert first == passes(0)
 
 
+def test_batches_are_of_about_one_length(demo: ModuleType, tmp_path: Path) -> None:
+    """Sorted by source, then by target, among so many batches; those come in no order."""
+    small = importlib.import_module("small_translation")
+
+    def lengths(sorted_batches: int) -> torch.Tensor:
+        given = small.options(tmp_path, 1, {}, sorted_batches=sorted_batches)
+        training = small.training.Training(small.corpus(), given, given.device, small.Processes())
+        found = []
+        for training.step in range(5):
+            source, _ = training.corpus.train.batch(training.rows())
+            found.append((source != 0).sum(1).tolist())
+        return torch.tensor(found)
+
+    drawn, divided = lengths(1), lengths(5)
+    assert drawn.sum() == divided.sum()
+    assert drawn.amax(1).sum() > divided.amax(1).sum() > 0
+    assert ((divided.amax(1) - divided.amin(1)) <= 1).all()
+    assert (divided.amax(1).diff() < 0).any(), "from short to long"
+
+
+def test_the_rate_falls_to_zero_in_the_end(demo: ModuleType, tmp_path: Path) -> None:
+    small = importlib.import_module("small_translation")
+
+    def rates(cool_down: float) -> torch.Tensor:
+        given = small.options(tmp_path, 8, {}, cool_down=cool_down)
+        training = small.training.Training(small.corpus(), given, given.device, small.Processes())
+        found = []
+        for training.step in range(8):
+            found.append(training.rate())
+        return torch.tensor(found)
+
+    papers = rates(0.0)
+    setting = small.options(tmp_path, 8, {}).setting
+    expected = [gpunn.models.noam_rate(n, 16, setting.warm_up, setting.factor) for n in range(1, 9)]
+    torch.testing.assert_close(papers, torch.tensor(expected))
+    share = torch.tensor([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(rates(0.5) / papers, share)
+
+
 def trained(device: str, dtype: torch.dtype, out: Path, steps: int) -> tuple[Any, torch.Tensor]:
     """The losses of the first steps of a small network without dropout, and its parameters."""
     small = importlib.import_module("small_translation")
