@@ -42,6 +42,7 @@ import gpunn
 from bible_verses import FOLDER, bible_verses
 from checkpoint import CANNOT_RESUME
 from command_line import device_of, parser_for
+from digits_mlp import one_thread
 from gpunn.models import TranslationTransformer
 from number_words import number_words
 from processes import processes
@@ -253,7 +254,7 @@ def run(task: Task, options: Options, folder: Path) -> Result | None:
     corpus = task.corpus(folder)
     if options.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 on the tensor cores
-    with processes(options.device) as (group, device):
+    with one_thread(), processes(options.device) as (group, device):
         training, trace = train(corpus, options, device, group)
         model = training.whole()
         if not group.first:

@@ -13,7 +13,7 @@ import torch
 import gpunn
 import gpunn.functional as GF
 from checkpoint import Checkpoints, generator_states, go_on, save, set_generator_states
-from digits_mlp import one_thread, progress_bar
+from digits_mlp import progress_bar
 from gpunn.models import TranslationTransformer, noam_rate, transformer_small
 from processes import Processes, set_state, state_of, whole
 from translation_data import PADDING, Corpus, Sentences
@@ -200,7 +200,7 @@ def train(
     if not training.curve:
         training.measure()
     bar: Any = progress_bar() if group.first else nullcontext()
-    with one_thread(), bar as progress:
+    with bar as progress:
         task = progress and progress.add_task("", total=options.steps, loss=math.nan)
         while training.step < options.steps:
             if trace is None:
