@@ -31,8 +31,8 @@ WORDS = re.compile(r"\w+(?:[’'-]\w+)*|[^\w\s]")
 UNSPOKEN = {"note", "title"}
 HELD_OUT = {"Ruth", "Esth", "Eccl", "Jonah", "John", "Jas"}
 """Books of several kinds, of which no other repeats whole passages, as Luke does of Mark's."""
-MOST_WORDS = 22
-AT_LEAST = 2  # times that a word stands in the verses to learn from; rarer ones are not known
+MOST_LEARNT, MOST_MEASURED = 30, 22  # words of a verse, in either language
+AT_LEAST = 4  # times that a word stands in the verses to learn from; rarer ones are not known
 
 
 class Word(NamedTuple):
@@ -122,7 +122,7 @@ def pair_of(verse: Verse) -> Pair:
 
 
 def bible_verses(folder: Path = FOLDER) -> Corpus:
-    """Verses of up to ``MOST_WORDS`` in each language; whole books are held out.
+    """Verses that are not too long in either language; whole books are held out.
 
     Raises:
         FileNotFoundError: Debian's packages are not there; says how to get them.
@@ -135,8 +135,10 @@ def bible_verses(folder: Path = FOLDER) -> Corpus:
             "sword-text-sparv; or unpack both anywhere (dpkg -x PACKAGE FOLDER), and "
             "--corpus FOLDER/usr/share/sword"
         ) from None
-    short = [v for v in found if max(len(v.english), len(v.spanish)) <= MOST_WORDS]
-    train, held_out = (
-        [pair_of(v) for v in short if (v.book in HELD_OUT) == held] for held in (False, True)
-    )
-    return Corpus.of(train, held_out, AT_LEAST, one_vocabulary=True)
+    train, held_out = list[Pair](), list[Pair]()
+    for verse in found:
+        held = verse.book in HELD_OUT
+        longest = max(len(verse.english), len(verse.spanish))
+        if longest <= (MOST_MEASURED if held else MOST_LEARNT):
+            (held_out if held else train).append(pair_of(verse))
+    return Corpus.of(train, held_out, AT_LEAST)

@@ -93,7 +93,7 @@ TASKS = {
     "en-de": numbers("en-de", 0.97),
     "en-fr": numbers("en-fr", 0.98),
     "en-es": (
-        Task(bible_verses, 3000, 23.0, 0.5, VERSES, n_beams=4, by_bleu=True),
+        Task(bible_verses, 2000, 22.0, 0.5, VERSES, n_beams=4, by_bleu=True),
         Task(bible_verses, 120, 0.1, 0.1, VERSES, n_beams=4, by_bleu=True),
     ),
 }

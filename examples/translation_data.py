@@ -82,21 +82,12 @@ class Corpus:
     held_out: Sentences
 
     @classmethod
-    def of(
-        cls,
-        train: list[Pair],
-        held_out: list[Pair],
-        at_least: int = 1,
-        *,
-        one_vocabulary: bool = False,
-    ) -> Corpus:
-        """Words that stand so often in the training part are known, of each language or of both."""
+    def of(cls, train: list[Pair], held_out: list[Pair], at_least: int = 1) -> Corpus:
+        """The vocabularies are the training part's words that stand there so often."""
         counts = Counter[str](), Counter[str]()
         for pair in train:
             counts[0].update(pair.source)
             counts[1].update(pair.target)
-        if one_vocabulary:
-            counts = (counts[0] + counts[1],) * 2
         source, target = (
             Vocabulary(word for word, count in words.items() if count >= at_least)
             for words in counts

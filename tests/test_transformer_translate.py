@@ -134,9 +134,6 @@ def test_words_become_numbers_and_words_again(data: ModuleType) -> None:
     words = corpus.target_words
     assert words.decoded([1, 4, 3, 2, 4]) == ["x", "<unk>"]
     assert words.decoded([4, 0]) == ["x"]
-    train.append(data.Pair(["b"], ["b"], {}))
-    both = data.Corpus.of(train, held_out, at_least=3, one_vocabulary=True)
-    assert both.source_words.words == both.target_words.words == [*data.SPECIAL, "a", "b"]
 
 
 def test_sentences_are_written_as_in_a_book(data: ModuleType, demo: ModuleType) -> None:
