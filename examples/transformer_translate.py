@@ -240,27 +240,22 @@ def report(result: Result, corpus: Corpus, options: Options) -> None:
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options of a command line."""
-    parser = parser_for(__doc__, "transformer_translate")
+    parser = parser_for(
+        __doc__, "transformer_translate", seed="of everything random but the numbers",
+        steps=f"mini-batches (default: {STEPS})",
+        quick=f"{QUICK_STEPS} steps, {QUICK_TRAIN} numbers",
+    )  # fmt: skip
     parser.add_argument("--pair", choices=sorted(LANGUAGES), default="en-de", help="languages")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random but the numbers")
-    parser.add_argument("--steps", type=int, help=f"mini-batches (default: {STEPS})")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_STEPS} steps, {QUICK_TRAIN} numbers"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument(
         "--fsdp", action="store_true", help="with torchrun: the processes share the network"
     )
     given = parser.parse_args(argv)
-    steps = given.steps if given.steps is not None else QUICK_STEPS if given.quick else STEPS
-    if steps < 1:
-        parser.error(f"--steps: expected 1 or more, got {steps}")
     if given.fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         parser.error("--fsdp: expected two processes or more, as torchrun starts them")
     return Options(
         device=device_of(parser, given.device),
         seed=given.seed,
-        steps=steps,
+        steps=given.steps or (QUICK_STEPS if given.quick else STEPS),
         out=given.out,
         pair=given.pair,
         n_train=QUICK_TRAIN if given.quick else N_TRAIN,
