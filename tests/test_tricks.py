@@ -73,7 +73,7 @@ def test_augmentation_moves_an_image_a_little(tricks: ModuleType) -> None:
     assert 0 <= float(moved.min()) < float(moved.max()) <= 1
     for other in (x, again):
         together = torch.stack([other.flatten(), moved.flatten()])
-        assert 0.5 < float(torch.corrcoef(together)[0, 1]) < 0.95
+        assert 0.3 < float(torch.corrcoef(together)[0, 1]) < 0.95
     assert torch.equal(layer.eval()(x), x)
 
 
