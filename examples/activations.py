@@ -1,6 +1,7 @@
 """Why deep networks did not learn: gradients that vanish or explode, layer by layer.
 
-    python examples/activations.py [--device auto] [--seed 0] [--steps 300] [--out FOLDER] [--quick]
+    python examples/activations.py [--device auto] [--seed 0] [--steps 300] [--out FOLDER]
+                                   [--quick] [--resume]
 
 The first picture has four activations and their derivatives, as gpunn's backward pass computes
 them. A layer multiplies the gradient by such a derivative and by its weights. The sigmoid's is at
@@ -16,7 +17,8 @@ step, the third the accuracy that each reaches on digits it never saw, and what 
 does to it.
 
 On a GPU it runs on gpunn's kernels, on a CPU on PyTorch's own ops; the printed trace of a training
-step says which ran.
+step says which ran. With each network that has learned a checkpoint is written to
+FOLDER/checkpoints, and with ``--resume`` only those learn that are not in the last one.
 
 Papers: X. Glorot and Y. Bengio, "Understanding the difficulty of training deep feedforward neural
 networks", 2010; K. He et al., "Delving deep into rectifiers", 2015; S. Ioffe and C. Szegedy,
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +38,18 @@ import torch
 
 import gpunn
 import gpunn.functional as GF
+from checkpoint import CANNOT_RESUME, Journal, open_journal
 from command_line import device_of, parser_for
-from digits_mlp import Digits, batches, load, one_thread, predict, progress_bar, train_step
+from digits_mlp import (
+    Digits,
+    batches,
+    first_traced,
+    load,
+    one_thread,
+    predict,
+    progress_bar,
+    train_step,
+)
 from gpunn import nn
 
 try:
@@ -90,6 +103,7 @@ class Outcome:
     accuracy: float
     """On the held-out images."""
     trace: gpunn.Trace
+    """Of a pass forward and backward; empty where a checkpoint had the rest."""
 
 
 def build(setting: Setting) -> nn.Sequential:
@@ -116,8 +130,10 @@ def dense_layers(model: nn.Module) -> list[nn.Linear]:
     return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
 
 
-def learn(setting: Setting, digits: Digits, seed: int, steps: int) -> Outcome:
-    """Train the network of a setting; gradients are measured on the first mini-batch."""
+def learn(
+    setting: Setting, digits: Digits, seed: int, steps: int, trace: gpunn.Trace
+) -> tuple[list[float], float]:
+    """Train the network of a setting: its gradients on the first mini-batch, and its accuracy."""
     torch.manual_seed(seed)
     model = build(setting).to(digits.train_x.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=setting.rate, momentum=MOMENTUM)
@@ -125,13 +141,28 @@ def learn(setting: Setting, digits: Digits, seed: int, steps: int) -> Outcome:
     for step, batch in enumerate(itertools.islice(order, steps)):
         x, y = digits.train_x[batch], digits.train_y[batch]
         if step == 0:
-            with gpunn.trace() as trace:
+            with first_traced(trace):
                 loss = GF.cross_entropy(model(x), y)
                 weights = [layer.weight for layer in dense_layers(model)]
                 gradients = [g.norm().item() for g in torch.autograd.grad(loss, weights)]
         train_step(model, optimizer, x, y)
     said = predict(model, digits.held_out_x).argmax(1)
-    return Outcome(gradients, (said == digits.held_out_y).double().mean().item(), trace)
+    return gradients, (said == digits.held_out_y).double().mean().item()
+
+
+def learn_all(
+    settings: Sequence[Setting], digits: Digits, seed: int, steps: int, journal: Journal
+) -> dict[Setting, Outcome]:
+    """What becomes of each setting, where the journal does not know."""
+    outcomes: dict[Setting, Outcome] = {}
+    with one_thread(), progress_bar() as progress:
+        task = progress.add_task("", total=len(settings), loss=math.nan)
+        for setting in settings:
+            part, trace = journal.part(str(setting)), gpunn.Trace()
+            gradients, accuracy = part.once(learn, setting, digits, seed, steps, trace)
+            outcomes[setting] = Outcome(gradients, accuracy, trace)
+            progress.update(task, advance=1, loss=1 - accuracy)
+    return outcomes
 
 
 def derivative(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,25 +277,25 @@ def settings_of(quick: bool) -> list[Setting]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print what it found; the last line is the figure that it reached."""
-    parser = parser_for(__doc__, "activations")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the mini-batches")
-    parser.add_argument("--steps", type=int, help=f"mini-batches of each (default: {STEPS})")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_STEPS} steps of fewer networks"
-    )
+    """Run the demo and print what it found; the last line is the figure that it reached.
+
+    1, saying why, where it cannot go on from a checkpoint.
+    """
+    parser = parser_for(
+        __doc__, "activations", seed="of the weights and the mini-batches",
+        steps=f"mini-batches of each (default: {STEPS})",
+        quick=f"{QUICK_STEPS} steps of fewer networks",
+    )  # fmt: skip
     given = parser.parse_args(argv)
-    steps = given.steps if given.steps is not None else QUICK_STEPS if given.quick else STEPS
-    if steps < 1:
-        parser.error(f"--steps: expected 1 or more, got {steps}")
+    steps = given.steps or (QUICK_STEPS if given.quick else STEPS)
     device = device_of(parser, given.device)
-    digits, settings = load(device), settings_of(given.quick)
-    outcomes: dict[Setting, Outcome] = {}
-    with one_thread(), progress_bar() as progress:
-        task = progress.add_task("", total=len(settings), loss=math.nan)
-        for setting in settings:
-            outcomes[setting] = learn(setting, digits, given.seed, steps)
-            progress.update(task, advance=1, loss=1 - outcomes[setting].accuracy)
+    try:
+        chosen = {"demo": "activations", "seed": given.seed, "steps": steps}
+        journal = open_journal(given.out, given.resume, chosen)
+    except CANNOT_RESUME as error:
+        print(error, file=sys.stderr)
+        return 1
+    outcomes = learn_all(settings_of(given.quick), load(device), given.seed, steps, journal)
     activations, apart = draw_activations(device)
     figures = {
         "activations.png": activations,

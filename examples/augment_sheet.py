@@ -180,9 +180,11 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and print what it found; the last line is the figure that it reached."""
-    parser = parser_for(__doc__, "augment_sheet")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_COLUMNS} columns")
+    parser = parser_for(
+        __doc__, "augment_sheet", seed="of what is drawn",
+        steps="of no effect: nothing is learned", quick=f"{QUICK_COLUMNS} columns",
+        resume="of no effect: nothing is learned",
+    )  # fmt: skip
     given = parser.parse_args(argv)
     device, columns = device_of(parser, given.device), QUICK_COLUMNS if given.quick else COLUMNS
     with gpunn.trace() as trace:

@@ -4,9 +4,10 @@ A checkpoint is written to a temporary file, flushed to the disk and then rename
 moment each name holds a whole one; a SHA-256 digest shows what was damaged later. The last two are
 kept: where the newest is damaged, the one before it is used.
 
-A demo of one training calls ``go_on`` before its loop, and ``save`` after every so many steps; one
-of several parts has a ``Journal``. On ``CANNOT_RESUME`` its ``main`` prints the message and
-returns 1.
+Most demos have a ``Journal`` of their parts, be it one or many. A ``Loop`` makes the steps of a
+part; what a part has computed in the end, it has computed ``once``. A training in several processes
+calls ``go_on`` before its loop instead, and ``save`` after every so many steps. On
+``CANNOT_RESUME`` a demo's ``main`` prints the message and returns 1.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -200,6 +201,19 @@ class Journal:
         return Part(self, name)
 
 
+def open_journal(out: Path, resume: bool, chosen: dict[str, Any]) -> Journal:
+    """The journal in ``out``/checkpoints, which goes on, and says so, where ``resume`` asks for it.
+
+    Raises:
+        DamagedCheckpointError: there are checkpoints, and all are damaged.
+        ResumeError: the newest is of a run with other options.
+    """
+    journal = Journal(out / "checkpoints", chosen)
+    if resume:
+        print(journal.resume(), file=sys.stderr)
+    return journal
+
+
 @dataclass(frozen=True)
 class Part:
     """One of them."""
@@ -216,6 +230,72 @@ class Part:
         """A checkpoint with this part's state, of tensors and plain values, and the others'."""
         self.journal.parts[self.name] = state
         self.journal.checkpoints.save({"chosen": self.journal.chosen, "parts": self.journal.parts})
+
+    def once(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``compute`` returns, tensors or plain values; or what it did before a resumption.
+
+        It takes the place of what was kept on the way to it.
+        """
+        if self.state is None or "result" not in self.state:
+            self.keep({"result": compute(*arguments)})
+        return self.journal.parts[self.name]["result"]
+
+
+class Loop:
+    """The steps of a training: ``for step in loop`` numbers those that are left, of 1 to ``steps``.
+
+    After every so many, and the last, a checkpoint keeps what the rest depends on. Where ``part``
+    was begun, the loop goes on from there: all that it was given has the state that it had.
+
+    Args:
+        part: what keeps it, of a run's journal.
+        steps: how many there are.
+        every: from one checkpoint to the next.
+        generator: one that is drawn from, beside PyTorch's own.
+        changing: by name, the network, its optimiser, its schedule.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        steps: int,
+        every: int,
+        generator: torch.Generator | None = None,
+        **changing: torch.nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        self.part, self.steps, self.every = part, steps, every
+        self.generator, self.changing = generator, changing
+        self.step = 0
+        """How many are done."""
+        self.curve: list[Any] = []
+        """What is measured on the way, as plain values; the loop keeps what is put here."""
+        if part.state is not None:
+            self._restore(part.state)
+
+    def __iter__(self) -> Iterator[int]:
+        while self.step < self.steps:
+            yield self.step + 1
+            self.step += 1
+            if self.step % self.every == 0 or self.step == self.steps:
+                self.part.keep(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """All that the rest of the training, and its curve, depend on."""
+        return {
+            **{name: each.state_dict() for name, each in self.changing.items()},
+            "step": self.step,
+            "curve": list(self.curve),
+            "generators": generator_states(),
+            "own generator": self.generator and self.generator.get_state(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, each in self.changing.items():
+            each.load_state_dict(state[name])
+        self.step, self.curve = state["step"], list(state["curve"])
+        set_generator_states(state["generators"])
+        if self.generator is not None:
+            self.generator.set_state(state["own generator"])
 
 
 def save(training: Resumable, checkpoints: Checkpoints, group: Processes = ALONE) -> None:

@@ -8,11 +8,34 @@ from pathlib import Path
 import torch
 
 
-def parser_for(description: str | None, name: str) -> argparse.ArgumentParser:
-    """A parser with ``--device`` and ``--out``, for the demo of this name."""
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def parser_for(
+    description: str | None,
+    name: str,
+    *,
+    seed: str,
+    steps: str,
+    quick: str,
+    resume: str = "go on from the last checkpoint",
+) -> argparse.ArgumentParser:
+    """A parser with the options that all demos have, for the demo of this name.
+
+    What ``seed``, ``steps``, ``quick`` and ``resume`` do in this one is given in words.
+    """
     parser = argparse.ArgumentParser(f"{name}.py", description=(description or "").splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda")
+    parser.add_argument("--seed", type=int, default=0, help=seed)
+    parser.add_argument("--steps", type=positive, help=steps)
     parser.add_argument("--out", type=Path, default=Path("out", name), help="pictures' folder")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--resume", action="store_true", help=resume)
     return parser
 
 

@@ -99,8 +99,11 @@ def run(device: torch.device, out: Path, step: int) -> Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and print what it found; the last line is the figure that it reached."""
-    parser = parser_for(__doc__, "edges")
-    parser.add_argument("--quick", action="store_true", help="every second pixel alone")
+    parser = parser_for(
+        __doc__, "edges", seed="of no effect: nothing is random",
+        steps="of no effect: nothing is learned", quick="every second pixel alone",
+        resume="of no effect: nothing is learned",
+    )  # fmt: skip
     given = parser.parse_args(argv)
     result = run(device_of(parser, given.device), given.out, 2 if given.quick else 1)
     print(result.trace)

@@ -144,20 +144,16 @@ def run(options: Options) -> Result | None:
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options of a command line."""
-    parser = parser_for(__doc__, "gan")
+    parser = parser_for(
+        __doc__, "gan", seed="of everything random but the split",
+        steps="of G (default: the setting's)", quick="fewer steps, and less to expect",
+    )  # fmt: skip
     parser.add_argument("--setting", choices=SETTINGS, default="mlp", help="default: mlp")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random but the split")
-    parser.add_argument("--steps", type=int, help="of G (default: the setting's)")
-    parser.add_argument("--quick", action="store_true", help="fewer steps, and less to expect")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     given = parser.parse_args(argv)
     setting = SETTINGS[given.setting]
     if given.quick:
         setting = replace(setting, **setting.quick)
-    steps = given.steps if given.steps is not None else setting.steps
-    if steps < 1:
-        parser.error(f"--steps: expected 1 or more, got {steps}")
-    device = device_of(parser, given.device)
+    device, steps = device_of(parser, given.device), given.steps or setting.steps
     return Options(device, given.seed, steps, given.out, setting, given.resume)
 
 

@@ -1,7 +1,7 @@
 """A small GPT learns to write, one character after the other, from Python's own documentation.
 
     python examples/gpt_text.py [--text FILE] [--device auto] [--seed 0] [--steps 1000]
-                                [--out FOLDER] [--quick]
+                                [--out FOLDER] [--quick] [--resume]
 
 The text is the language reference that every CPython brings along, as ``help("for")`` shows it, or
 any other (``--text``). Its last tenth is held out and never trained on. A paragraph that stands in
@@ -18,6 +18,10 @@ values.
 On a GPU it runs on gpunn's kernels, on a CPU on PyTorch's own ops; the printed trace of a training
 step says which ran. The settings below were chosen with the held-out loss in view, of seed 0.
 
+Every 50 steps a checkpoint is written to FOLDER/checkpoints, and ``--resume`` goes on from the
+last one with nothing lost: on a CPU the weights are those of a run that was not interrupted, bit
+for bit.
+
 Paper: Radford et al., "Language models are unsupervised multitask learners", 2019. Text: the Python
 documentation, in the version of the Python that runs this, PSF licence.
 """
@@ -26,16 +30,18 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import gpunn
+from checkpoint import CANNOT_RESUME, Loop, Part, digest, open_journal
 from command_line import device_of, parser_for
-from digits_mlp import one_thread, progress_bar
+from digits_mlp import first_traced, one_thread, progress_bar
 from gpunn.models import GPT
 
 try:
@@ -58,6 +64,7 @@ N_MEASURED = 64  # windows of either part, for a point of the curve
 TEMPERATURE, TOP_P = 0.8, 0.95
 STEPS, EXPECTED = 1000, 1.55
 QUICK_STEPS, QUICK_EXPECTED = 80, 2.7
+SAVE_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Options:
     text: Path | None
     expected: float | None
     """None: what guessing by the frequencies of characters reaches."""
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -243,38 +251,45 @@ def write(model: GPT, text: Text, n_characters: int, seed: int) -> str:
     return text.decoded(written[0, : CONTEXT // 2 + n_characters])
 
 
-def train(model: GPT, text: Text, options: Options) -> tuple[list[Point], gpunn.Trace]:
-    """The learning curve of a whole training, and the trace of its first step."""
-    optimizer, schedule = optimizer_for(model, options.steps)
+def train(model: GPT, text: Text, options: Options, part: Part) -> tuple[list[Point], gpunn.Trace]:
+    """The learning curve of a whole training, and the trace of a step.
+
+    If ``part`` was begun, it goes on from there.
+    """
+    (optimizer, schedule), trace = optimizer_for(model, options.steps), gpunn.Trace()
     generator = torch.Generator().manual_seed(options.seed)
+    loop = Loop(
+        part,
+        options.steps,
+        SAVE_EVERY,
+        generator,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
     n_starts = len(text.train) - CONTEXT
     every = max(10, options.steps // 30)
     shown = {options.steps // 20, options.steps // 5, options.steps}
-    curve: list[Point] = []
 
     def measure(step: int) -> None:
-        losses = (loss_on(model, part, N_MEASURED) for part in (text.train, text.held_out))
-        curve.append(Point(step, *losses))
+        losses = (loss_on(model, tokens, N_MEASURED) for tokens in (text.train, text.held_out))
+        loop.curve.append(astuple(Point(step, *losses)))
 
-    def step_on() -> float:
-        starts = torch.randint(n_starts, (BATCH,), generator=generator)
-        loss = train_step(model, optimizer, *windows_at(text.train, starts))
-        schedule.step()
-        return loss
-
-    measure(0)
+    if loop.step == 0:
+        measure(0)
     with one_thread(), progress_bar() as progress:
-        task = progress.add_task("", total=options.steps, loss=curve[0].train_loss)
-        with gpunn.trace() as trace:
-            progress.update(task, advance=1, loss=step_on())
-        for step in range(1, options.steps + 1):
-            if step > 1:
-                progress.update(task, advance=1, loss=step_on())
+        task = progress.add_task("", total=options.steps, completed=loop.step, loss=math.nan)
+        for step in loop:
+            starts = torch.randint(n_starts, (BATCH,), generator=generator)
+            with first_traced(trace):
+                loss = train_step(model, optimizer, *windows_at(text.train, starts))
+            schedule.step()
+            progress.update(task, advance=1, loss=loss)
             if step % every == 0 or step == options.steps:
                 measure(step)
             if step in shown:
                 show(progress.console, step, write(model, text, 4 * CONTEXT, options.seed))
-    return curve, trace
+    return [Point(*numbers) for numbers in loop.curve], trace
 
 
 def show(console: Console, step: int, written: str) -> None:
@@ -322,9 +337,14 @@ def run(options: Options) -> Result:
     }
     if options.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 on the tensor cores
+    chosen = {
+        "demo": "gpt_text", "seed": options.seed, "steps": options.steps,
+        "text": digest([text.train, text.held_out]),
+    }  # fmt: skip
+    journal = open_journal(options.out, options.resume, chosen)
     torch.manual_seed(options.seed)
     model = build(text).to(options.device)
-    curve, trace = train(model, text, options)
+    curve, trace = train(model, text, options, journal.part("training"))
     loss = loss_on(model, text.held_out)
     characters = guessing["guessing by characters"]
     expected = characters if options.expected is None else options.expected
@@ -337,27 +357,31 @@ def run(options: Options) -> Result:
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options of a command line."""
-    parser = parser_for(__doc__, "gpt_text")
+    parser = parser_for(
+        __doc__, "gpt_text", seed="of everything random",
+        steps=f"mini-batches (default: {STEPS})", quick=f"{QUICK_STEPS} steps",
+    )  # fmt: skip
     parser.add_argument("--text", type=Path, help="a file to learn from (UTF-8)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--steps", type=int, help=f"mini-batches (default: {STEPS})")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps")
     given = parser.parse_args(argv)
     usual, figure = (QUICK_STEPS, QUICK_EXPECTED) if given.quick else (STEPS, EXPECTED)
-    steps = usual if given.steps is None else given.steps
-    if steps < 1:
-        parser.error(f"--steps: expected 1 or more, got {steps}")
     if given.text is not None and not given.text.is_file():
         parser.error(f"--text: no such file: {given.text}")
     expected = figure if given.text is None and given.steps is None else None
-    device = device_of(parser, given.device)
-    return Options(device, given.seed, steps, given.out, given.text, expected)
+    device, steps = device_of(parser, given.device), given.steps or usual
+    return Options(device, given.seed, steps, given.out, given.text, expected, given.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print what it found; the last line is the figure that it reached."""
+    """Run the demo and print what it found; the last line is the figure that it reached.
+
+    1, saying why, where it cannot go on from a checkpoint.
+    """
     options = parse(argv)
-    result = run(options)
+    try:
+        result = run(options)
+    except CANNOT_RESUME as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"A training step on {options.device} ran:\n{result.trace}")
     print("Picture:", result.picture)
     for name, loss in result.guessing.items():

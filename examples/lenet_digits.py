@@ -1,7 +1,7 @@
 """LeNet-5 learns to read handwritten digits: convolutions that find strokes, layer by layer.
 
     python examples/lenet_digits.py [--device auto] [--seed 0] [--steps 800] [--modern]
-                                    [--out FOLDER] [--quick]
+                                    [--out FOLDER] [--quick] [--resume]
 
 The network is the paper's: tanh and average pooling on images of 32×32 pixels; ``--modern`` takes
 ReLU and max pooling instead. The digits are enlarged from 8×8, and in training each is shifted by
@@ -9,7 +9,9 @@ up to SHIFT pixels of the 32, anew whenever it is seen. On a GPU it runs on gpun
 CPU on PyTorch's own ops; the printed trace of a training step says which ran.
 
 The images held out are those of digits_mlp.py: a quarter, the same for every seed, never trained
-on. The settings below were chosen by four-fold cross-validation among the others.
+on. The settings below were chosen by four-fold cross-validation among the others. Every 100 steps
+a checkpoint is written to FOLDER/checkpoints, and ``--resume`` goes on from the last one with
+nothing lost: on a CPU the weights are those of a run that was not interrupted, bit for bit.
 
 Paper: LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document
 recognition", Proceedings of the IEEE 86(11), 1998. Data: as digits_mlp.py says, CC BY 4.0.
@@ -17,18 +19,20 @@ recognition", Proceedings of the IEEE 86(11), 1998. Data: as digits_mlp.py says,
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 import digits_mlp
 import gpunn
+from checkpoint import CANNOT_RESUME, Loop, Part, open_journal
 from command_line import device_of, parser_for
-from digits_mlp import Digits, Options, Point, Result
+from digits_mlp import Digits, Options, Point, Result, batches
 from gpunn import models
 
 try:
@@ -43,6 +47,7 @@ SHIFT = 2  # pixels, half of one of the 8×8
 MOMENTUM = 0.9
 STEPS, EXPECTED = 800, 0.98
 QUICK_STEPS, QUICK_EXPECTED = 150, 0.94
+SAVE_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,7 @@ def enlarged(images: torch.Tensor) -> torch.Tensor:
 def load(device: torch.device | str) -> Digits:
     """The digits as digits_mlp.py splits and standardises them, enlarged."""
     digits = digits_mlp.load(device)
-    return dataclasses.replace(
-        digits, train_x=enlarged(digits.train_x), held_out_x=enlarged(digits.held_out_x)
-    )
+    return replace(digits, train_x=enlarged(digits.train_x), held_out_x=enlarged(digits.held_out_x))
 
 
 def shifted(images: torch.Tensor) -> torch.Tensor:
@@ -83,31 +86,33 @@ def shifted(images: torch.Tensor) -> torch.Tensor:
     return windows[torch.arange(n), :, down, right]
 
 
-def train(chosen: Variant, digits: Digits, options: Options) -> tuple[list[Point], gpunn.Trace]:
-    """The learning curve of a whole training, and the trace of its first step."""
-    model = chosen.model
+def train(
+    chosen: Variant, digits: Digits, options: Options, part: Part
+) -> tuple[list[Point], gpunn.Trace]:
+    """The learning curve of a whole training, and the trace of a step.
+
+    If ``part`` was begun, it goes on from there.
+    """
+    model, trace = chosen.model, gpunn.Trace()
     optimizer = torch.optim.SGD(model.parameters(), chosen.learning_rate, momentum=MOMENTUM)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / options.steps)
-    order = digits_mlp.batches(len(digits.train_x), options.seed)
+    loop = Loop(part, options.steps, SAVE_EVERY, model=model, optimizer=optimizer, decay=decay)
+    if loop.step == 0:
+        loop.curve.append(astuple(digits_mlp.measure(model, digits, 0)))
     every = max(10, options.steps // 40)
-    curve = [digits_mlp.measure(model, digits, 0)]
-
-    def step_on(batch: torch.Tensor) -> float:
-        x, y = shifted(digits.train_x[batch]), digits.train_y[batch]
-        loss = digits_mlp.train_step(model, optimizer, x, y)
-        decay.step()
-        return loss
-
+    order = itertools.islice(batches(len(digits.train_x), options.seed), loop.step, None)
     with digits_mlp.one_thread(), digits_mlp.progress_bar() as progress:
-        task = progress.add_task("", total=options.steps, loss=curve[0].train_loss)
-        with gpunn.trace() as trace:
-            loss = step_on(next(order))
-        progress.update(task, advance=1, loss=loss)
-        for step, batch in enumerate(itertools.islice(order, options.steps - 1), start=2):
-            progress.update(task, advance=1, loss=step_on(batch))
+        task = progress.add_task("", total=options.steps, completed=loop.step, loss=math.nan)
+        for step in loop:
+            batch = next(order)
+            x, y = shifted(digits.train_x[batch]), digits.train_y[batch]
+            with digits_mlp.first_traced(trace):
+                loss = digits_mlp.train_step(model, optimizer, x, y)
+            decay.step()
             if step % every == 0 or step == options.steps:
-                curve.append(digits_mlp.measure(model, digits, step))
-    return curve, trace
+                loop.curve.append(astuple(digits_mlp.measure(model, digits, step)))
+            progress.update(task, advance=1, loss=loss)
+    return [Point(*numbers) for numbers in loop.curve], trace
 
 
 @torch.no_grad()
@@ -165,10 +170,12 @@ def run(options: Options, *, modern: bool = False) -> Result:
     digits = load(options.device)
     if options.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 on the tensor cores
+    same = {"demo": "lenet_digits", "seed": options.seed, "steps": options.steps, "modern": modern}
+    journal = open_journal(options.out, options.resume, same)
     torch.manual_seed(options.seed)
     chosen = variant(modern=modern)
     chosen.model.to(options.device)
-    curve, trace = train(chosen, digits, options)
+    curve, trace = train(chosen, digits, options, journal.part("training"))
     options.out.mkdir(parents=True, exist_ok=True)
     figures = pictures(curve, chosen.model, digits, options.expected)
     for name, figure in figures.items():
@@ -178,24 +185,28 @@ def run(options: Options, *, modern: bool = False) -> Result:
 
 def parse(argv: Sequence[str] | None) -> tuple[Options, bool]:
     """The options of a command line, and whether it asks for today's variant."""
-    parser = parser_for(__doc__, "lenet_digits")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random but the split")
-    parser.add_argument("--steps", type=int, help=f"mini-batches (default: {STEPS})")
+    parser = parser_for(
+        __doc__, "lenet_digits", seed="of everything random but the split",
+        steps=f"mini-batches (default: {STEPS})", quick=f"{QUICK_STEPS} steps",
+    )  # fmt: skip
     parser.add_argument("--modern", action="store_true", help="ReLU and max pooling")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps")
     given = parser.parse_args(argv)
     usual, expected = (QUICK_STEPS, QUICK_EXPECTED) if given.quick else (STEPS, EXPECTED)
-    steps = usual if given.steps is None else given.steps
-    if steps < 1:
-        parser.error(f"--steps: expected 1 or more, got {steps}")
-    device = device_of(parser, given.device)
-    return Options(device, given.seed, steps, given.out, expected), given.modern
+    device, steps = device_of(parser, given.device), given.steps or usual
+    return Options(device, given.seed, steps, given.out, expected, given.resume), given.modern
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print what it found; the last line is the figure that it reached."""
+    """Run the demo and print what it found; the last line is the figure that it reached.
+
+    1, saying why, where it cannot go on from a checkpoint.
+    """
     options, modern = parse(argv)
-    result = run(options, modern=modern)
+    try:
+        result = run(options, modern=modern)
+    except CANNOT_RESUME as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"A training step on {options.device} ran:\n{result.trace}")
     print("Pictures:", *result.pictures)
     print(f"Held-out accuracy: {result.accuracy:.1%} (expected: at least {options.expected:.0%})")

@@ -283,14 +283,13 @@ def tell(by_hand: dict[str, Network], learned: dict[str, Learned], device: torch
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and print what it found; the last line is the figure that it reached."""
-    parser = parser_for(__doc__, "neuron")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights that are learned")
-    parser.add_argument("--steps", type=int, help=f"of XOR (default: {STEPS})")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one start")
+    parser = parser_for(
+        __doc__, "neuron", seed="of the weights that are learned",
+        steps=f"of XOR (default: {STEPS})", quick=f"{QUICK_STEPS} steps, one start",
+        resume="of no effect: no network takes a second",
+    )  # fmt: skip
     given = parser.parse_args(argv)
-    steps = given.steps if given.steps is not None else QUICK_STEPS if given.quick else STEPS
-    if steps < 1:
-        parser.error(f"--steps: expected 1 or more, got {steps}")
+    steps = given.steps or (QUICK_STEPS if given.quick else STEPS)
     device = device_of(parser, given.device)
     by_hand = {
         name: Network([torch.tensor([w], device=device)], [torch.tensor([b], device=device)])

@@ -1,7 +1,7 @@
 """Deeper plain networks learn worse, deeper residual networks do not: He et al. (2016).
 
-    python examples/resnet_vs_plain.py [--device auto] [--seed 0] [--seeds 3] [--out FOLDER]
-                                       [--quick] [--choose-rates]
+    python examples/resnet_vs_plain.py [--device auto] [--seed 0] [--seeds 3] [--steps 42]
+                                       [--out FOLDER] [--quick] [--resume] [--choose-rates]
 
 ``gpunn.models.resnet_cifar`` builds both: blocks of two convolutions, each with its batch
 normalisation, that answer relu(F(x) + x), or, plain, relu(F(x)). The shortcut x has no parameters.
@@ -22,7 +22,9 @@ that of 56 layers to 42 % (seed 0). Two passes were chosen by the same cross-val
 the gap of every fold is above 40 points.
 
 On a GPU it runs on gpunn's kernels, in channels_last, on a CPU on PyTorch's own ops. The printed
-trace of a training step says which ran.
+trace of a training step says which ran. Every 14 steps of a network a checkpoint is written to
+FOLDER/checkpoints, and ``--resume`` goes on from the last one with nothing lost: on a CPU the
+weights are those of a run that was not interrupted, bit for bit.
 
 Paper: https://arxiv.org/abs/1512.03385, section 4.2. Data: the digits of digits_mlp.py, 8×8, a
 quarter held out.
@@ -32,6 +34,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +44,9 @@ import torch
 import torch.nn.functional as F
 
 import gpunn
-from command_line import device_of, parser_for
-from digits_mlp import Digits, batches, load, one_thread, predict, train_step
+from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal
+from command_line import device_of, parser_for, positive
+from digits_mlp import Digits, batches, first_traced, load, one_thread, predict, train_step
 from gpunn import nn
 from gpunn.models import resnet_cifar
 
@@ -61,7 +65,8 @@ except ModuleNotFoundError as error:
 DEPTHS, QUICK_DEPTHS = (8, 20, 32, 56), (8, 32)
 DEEP = 32  # from this depth on, the residual network has to be the better one
 EXPECTED = 20  # percentage points, at every such depth and for every seed
-STEPS = 42  # two passes over the training images
+STEPS = 42  # two passes over the training images; the rates are for so many
+SAVE_EVERY = 14
 # Learning rates, which fall linearly to 0 over the run: by depth, residual or not. The best in
 # cross-validation, as choose_rates found them; the lower one of equals.
 RATES = {
@@ -82,9 +87,24 @@ class Options:
 
     device: torch.device
     seeds: range
+    steps: int
     depths: tuple[int, ...]
     out: Path
     choose_rates: bool
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, and how it is trained."""
+
+    depth: int
+    residual: bool
+    seed: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{KINDS[self.residual]}, {self.depth} layers, rate {self.rate}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,7 @@ class Outcome:
     loss: float
     accuracy: float
     trace: gpunn.Trace
-    """Of the first step."""
+    """Of a step; empty where a checkpoint had the rest."""
 
 
 @dataclass(frozen=True)
@@ -145,77 +165,83 @@ def build(depth: int, residual: bool, seed: int, device: torch.device) -> nn.Mod
     return model
 
 
-def train(
-    model: nn.Module, images: Digits, seed: int, rate: float, after_step: Callable[[], None]
-) -> tuple[list[float], gpunn.Trace]:
-    """The loss of the mini-batch at every step, and the trace of the first step."""
-    optimizer = torch.optim.SGD(model.parameters(), momentum=MOMENTUM)
-    losses: list[float] = []
-    for batch in itertools.islice(batches(len(images.train_x), seed), STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - len(losses) / STEPS)
-        x, y = images.train_x[batch], images.train_y[batch]
-        if losses:
-            losses.append(train_step(model, optimizer, x, y))
-        else:
-            with gpunn.trace() as trace:
-                losses.append(train_step(model, optimizer, x, y))
-        after_step()
-    return losses, trace
-
-
 def learn(
-    depth: int,
-    residual: bool,
-    seed: int,
+    network: Network,
     images: Digits,
-    rate: float,
+    steps: int,
+    part: Part,
+    trace: gpunn.Trace,
     after_step: Callable[[], None] = lambda: None,
-) -> Outcome:
-    """Build a network, train it and measure it."""
-    model = build(depth, residual, seed, images.train_x.device)
-    losses, trace = train(model, images, seed, rate, after_step)
-    loss = float(np.mean(losses[-(STEPS // 3) :]))
+) -> tuple[float, float]:
+    """Build a network and train it: the loss in the last third of its steps, and the accuracy.
+
+    If ``part`` was begun, the training goes on from there.
+    """
+    model = build(network.depth, network.residual, network.seed, images.train_x.device)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=MOMENTUM)
+    loop = Loop(part, steps, SAVE_EVERY, model=model, optimizer=optimizer)
+    order = itertools.islice(batches(len(images.train_x), network.seed), loop.step, None)
+    for step in loop:
+        for group in optimizer.param_groups:
+            group["lr"] = network.rate * (1 - (step - 1) / steps)
+        batch = next(order)
+        with first_traced(trace):
+            loss = train_step(model, optimizer, images.train_x[batch], images.train_y[batch])
+        loop.curve.append(loss)
+        after_step()
     said = predict(model, images.held_out_x).argmax(1)
     accuracy = (said == images.held_out_y).double().mean().item()
-    return Outcome(depth, residual, seed, loss, accuracy, trace)
+    return float(np.mean(loop.curve[-max(1, steps // 3) :])), accuracy
 
 
-def choose_rates(images: Digits, depths: Sequence[int]) -> dict[tuple[int, bool], float]:
+def choose_rates(
+    images: Digits, depths: Sequence[int], steps: int, journal: Journal
+) -> dict[tuple[int, bool], float]:
     """The best of CANDIDATES for each network, by cross-validation on the training images."""
     x, y = images.train_x, images.train_y
-    folds = StratifiedKFold(N_FOLDS, shuffle=True, random_state=0).split(
+    halves = StratifiedKFold(N_FOLDS, shuffle=True, random_state=0).split(
         x.cpu().flatten(1), y.cpu()
     )
-    parts = [Digits(x[ours], y[ours], x[held], y[held]) for ours, held in folds]
+    folds = [Digits(x[ours], y[ours], x[held], y[held]) for ours, held in halves]
     best = {}
     with one_thread():
         for depth, residual in itertools.product(depths, KINDS):
             means = []
             for rate in CANDIDATES:
-                outcomes = [
-                    learn(depth, residual, FOLD_SEED + fold, part, rate)
-                    for fold, part in enumerate(parts)
-                ]
-                means.append(float(np.mean([outcome.accuracy for outcome in outcomes])))
+                accuracies = []
+                for fold, fold_images in enumerate(folds):
+                    network = Network(depth, residual, FOLD_SEED + fold, rate)
+                    part = journal.part(f"fold {fold}, {network}")
+                    _, accuracy = part.once(learn, network, fold_images, steps, part, gpunn.Trace())
+                    accuracies.append(accuracy)
+                means.append(float(np.mean(accuracies)))
             best[depth, residual] = CANDIDATES[int(np.argmax(np.round(means, 3)))]
             shown = ", ".join(f"{r}: {m:.1%}" for r, m in zip(CANDIDATES, means, strict=True))
             print(f"{depth} layers, {KINDS[residual]}: {shown} -> {best[depth, residual]}")
     return best
 
 
-def learn_all(options: Options, images: Digits) -> list[Outcome]:
+def learn_all(options: Options, images: Digits, journal: Journal) -> list[Outcome]:
     """Both networks of every depth, for every seed."""
-    networks = list(itertools.product(options.seeds, options.depths, KINDS))
+    networks = [
+        Network(depth, residual, seed, RATES[depth, residual])
+        for seed, depth, residual in itertools.product(options.seeds, options.depths, KINDS)
+    ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     outcomes: list[Outcome] = []
     with one_thread(), Progress(*columns, TimeElapsedColumn()) as progress:
-        task = progress.add_task("", total=len(networks) * STEPS)
-        for seed, depth, residual in networks:
-            progress.update(task, description=f"{KINDS[residual]}, {depth} layers, seed {seed}")
-            after_step = functools.partial(progress.advance, task)
-            rate = RATES[depth, residual]
-            outcomes.append(learn(depth, residual, seed, images, rate, after_step))
+        task = progress.add_task("", total=len(networks) * options.steps)
+        after_step = functools.partial(progress.advance, task)
+        for i, network in enumerate(networks):
+            progress.update(task, description=str(network), completed=i * options.steps)
+            part, trace = journal.part(str(network)), gpunn.Trace()
+            loss, accuracy = part.once(
+                learn, network, images, options.steps, part, trace, after_step
+            )
+            outcomes.append(
+                Outcome(network.depth, network.residual, network.seed, loss, accuracy, trace)
+            )
+        progress.update(task, completed=len(networks) * options.steps)
     return outcomes
 
 
@@ -273,7 +299,7 @@ def draw_gradients(gradients: dict[bool, list[float]], depth: int) -> Figure:
     return figure
 
 
-def run(options: Options) -> Result:
+def run(options: Options, journal: Journal) -> Result:
     """Train, measure and draw."""
     if options.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 on the tensor cores
@@ -285,7 +311,7 @@ def run(options: Options) -> Result:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     pictures = [options.out / "depth.png", options.out / "gradients.png"]
-    result = Result(learn_all(options, images), gradients, pictures)
+    result = Result(learn_all(options, images, journal), gradients, pictures)
     for path, figure in zip(
         pictures, (draw_depths(result), draw_gradients(gradients, deepest)), strict=True
     ):
@@ -296,7 +322,7 @@ def run(options: Options) -> Result:
 def table_of(result: Result, options: Options) -> Table:
     """The figures, a row a depth: means over the seeds, and the gap of the accuracies by seed."""
     seeds = ", ".join(map(str, options.seeds))
-    table = Table(title=f"{STEPS} steps, seeds: {seeds}")
+    table = Table(title=f"{options.steps} steps, seeds: {seeds}")
     for heading in (
         "layers",
         "loss: residual",
@@ -316,31 +342,41 @@ def table_of(result: Result, options: Options) -> Table:
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options of a command line."""
-    parser = parser_for(__doc__, "resnet_vs_plain")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random but the split")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"only the depths {QUICK_DEPTHS}, and one seed"
-    )
+    parser = parser_for(
+        __doc__, "resnet_vs_plain", seed="the first, of everything random but the split",
+        steps=f"mini-batches of each network (default: {STEPS}, which its rate is for)",
+        quick=f"only the depths {QUICK_DEPTHS}, and one seed",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=positive, default=3, help="how many, from --seed on")
     parser.add_argument(
         "--choose-rates", action="store_true", help="only compare learning rates: 6 minutes"
     )
     given = parser.parse_args(argv)
-    if given.seeds < 1:
-        parser.error(f"--seeds: expected 1 or more, got {given.seeds}")
     seeds = range(given.seed, given.seed + (1 if given.quick else given.seeds))
     depths = QUICK_DEPTHS if given.quick else DEPTHS
-    device = device_of(parser, given.device)
-    return Options(device, seeds, depths, given.out, given.choose_rates)
+    device, steps = device_of(parser, given.device), given.steps or STEPS
+    return Options(device, seeds, steps, depths, given.out, given.choose_rates, given.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print what it found; the last line is the figure that it reached."""
+    """Run the demo and print what it found; the last line is the figure that it reached.
+
+    1, saying why, where it cannot go on from a checkpoint.
+    """
     options = parse(argv)
+    chosen = {
+        "demo": "resnet_vs_plain", "seeds": list(options.seeds), "steps": options.steps,
+    }  # fmt: skip
+    try:
+        journal = open_journal(options.out, options.resume, chosen)
+    except CANNOT_RESUME as error:
+        print(error, file=sys.stderr)
+        return 1
     if options.choose_rates:
-        choose_rates(load_digits_as_images(options.device), options.depths)
+        images = load_digits_as_images(options.device)
+        choose_rates(images, options.depths, options.steps, journal)
         return 0
-    result = run(options)
+    result = run(options, journal)
     last = result.outcomes[-1]
     network = f"{last.depth} {KINDS[last.residual]} layers"
     print(f"A training step of {network} on {options.device} ran:")

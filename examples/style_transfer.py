@@ -51,7 +51,7 @@ from typing import Any
 import torch
 
 import gpunn
-from checkpoint import CANNOT_RESUME, Journal, digest
+from checkpoint import CANNOT_RESUME, Journal, digest, open_journal
 from command_line import device_of, parser_for
 from digits_mlp import one_thread, progress_bar
 from feature_networks import (
@@ -261,21 +261,17 @@ def image_for(parser: argparse.ArgumentParser, option: str, path: Path) -> torch
 
 def parse(argv: Sequence[str] | None) -> Options:
     """The options of a command line."""
-    parser = parser_for(__doc__, "style_transfer")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--steps", type=int, help=f"at each of two sizes (default: {FULL.steps})")
+    parser = parser_for(
+        __doc__, "style_transfer", seed="of everything random",
+        steps=f"at each of two sizes (default: {FULL.steps})", quick="one picture, half the size",
+    )  # fmt: skip
     parser.add_argument("--content", type=Path, help="a photograph, for the two that are here")
     parser.add_argument("--style", type=Path, default=PAINTING, help="a painting, for Van Gogh's")
     parser.add_argument("--weights", type=Path, help="torchvision's of VGG-19: a state_dict's file")
     parser.add_argument("--dream", action="store_true", help="amplify what a layer sees")
-    parser.add_argument("--quick", action="store_true", help="one picture, half the size")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     given = parser.parse_args(argv)
     setting = QUICK if given.quick else FULL
-    if given.steps is not None:
-        if given.steps < 1:
-            parser.error(f"--steps: expected 1 or more, got {given.steps}")
-        setting = replace(setting, steps=given.steps)
+    setting = replace(setting, steps=given.steps or setting.steps)
     device = device_of(parser, given.device)
     chosen = dict(itertools.islice(sample_photographs().items(), setting.n_photographs))
     if given.content is not None:
@@ -318,13 +314,11 @@ def growth_of(growth: float, options: Options) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo, whose last line is the figure that it reached; 1 if it cannot be resumed."""
     options = parse(argv)
-    journal = Journal(options.out / "checkpoints", options.chosen())
-    if options.resume:
-        try:
-            print(journal.resume(), file=sys.stderr)
-        except CANNOT_RESUME as error:
-            print(error, file=sys.stderr)
-            return 1
+    try:
+        journal = open_journal(options.out, options.resume, options.chosen())
+    except CANNOT_RESUME as error:
+        print(error, file=sys.stderr)
+        return 1
     with one_thread():
         networks = networks_for(options, journal)
         print(f"On {options.device} ran:\n{trace_of(networks, options)}")

@@ -287,28 +287,24 @@ def report(result: Result, corpus: Corpus, task: Task, device: torch.device) -> 
 
 def parse(argv: Sequence[str] | None) -> tuple[Task, Options, Path]:
     """What a command line asks for, and the folder of its corpus."""
-    parser = parser_for(__doc__, "transformer_translate")
-    parser.add_argument("--pair", choices=sorted(TASKS), default="en-de", help="languages")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random but the numbers")
     default = ", ".join(f"{task.steps} for {pair}" for pair, (task, _) in TASKS.items())
-    parser.add_argument("--steps", type=int, help=f"mini-batches (default: {default})")
+    parser = parser_for(
+        __doc__, "transformer_translate", seed="of everything random but the corpus",
+        steps=f"mini-batches (default: {default})", quick="fewer steps, of fewer numbers",
+    )  # fmt: skip
+    parser.add_argument("--pair", choices=sorted(TASKS), default="en-de", help="languages")
     parser.add_argument("--corpus", type=Path, default=FOLDER, help="where en-es finds its verses")
-    parser.add_argument("--quick", action="store_true", help="fewer steps, of fewer numbers")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument(
         "--fsdp", action="store_true", help="with torchrun: the processes share the network"
     )
     given = parser.parse_args(argv)
     task = TASKS[given.pair][given.quick]
-    steps = task.steps if given.steps is None else given.steps
-    if steps < 1:
-        parser.error(f"--steps: expected 1 or more, got {steps}")
     if given.fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         parser.error("--fsdp: expected two processes or more, as torchrun starts them")
     options = Options(
         device=device_of(parser, given.device),
         seed=given.seed,
-        steps=steps,
+        steps=given.steps or task.steps,
         out=given.out,
         pair=given.pair,
         resume=given.resume,

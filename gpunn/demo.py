@@ -48,7 +48,7 @@ DEMOS = {
     "neuron": Demo("neuron", "truth tables", 12),
     "activations": Demo("activations", "digits, 8×8", 40),
     "digits": Demo("digits_mlp", "digits, 8×8", 4),
-    "tricks": Demo("tricks", "digits, 8×8", 50),
+    "tricks": Demo("tricks", "digits, 8×8", 35),
     "edges": Demo("edges", "a photograph", 2),
     "augment": Demo("augment_sheet", "two photographs, digits", 10),
     "lenet": Demo("lenet_digits", "digits, 8×8", 19),

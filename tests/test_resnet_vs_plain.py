@@ -85,23 +85,28 @@ def test_no_held_out_image_is_trained_on(demo: ModuleType) -> None:
 
 
 def test_a_rate_is_chosen_on_training_images_alone(
-    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each candidate on every fold; the folds' validation images make up the training part."""
     tried = []
     accuracies = {0.01: 0.5, 0.02: 0.9, 0.05: 0.9, 0.1: 0.2}
 
-    def learn(depth: int, residual: bool, seed: int, part: Any, rate: float) -> Any:
-        tried.append((residual, seed, rate, part))
-        return demo.Outcome(depth, residual, seed, 0.0, accuracies[rate], gpunn.Trace())
+    def learn(network: Any, images: Any, steps: int, *_: Any) -> tuple[float, float]:
+        tried.append((network, images))
+        return 0.0, accuracies[network.rate]
 
     monkeypatch.setattr(demo, "learn", learn)
     images = demo.load_digits_as_images("cpu")
-    assert demo.choose_rates(images, [8]) == {(8, True): 0.02, (8, False): 0.02}
-    assert len(tried) == 2 * 4 * 4
-    validation = torch.cat([part.held_out_x for *_, part in tried[:4]])
+    for _ in range(2):  # what the journal has is not tried again
+        journal = demo.open_journal(tmp_path, True, {})
+        assert demo.choose_rates(images, [8], 42, journal) == {(8, True): 0.02, (8, False): 0.02}
+        assert len(tried) == len(set(map(str, tried))) == 2 * 4 * 4
+    validation = torch.cat([fold.held_out_x for _, fold in tried[:4]])
     assert sorted(validation.flatten(1).tolist()) == sorted(images.train_x.flatten(1).tolist())
-    assert not {seed for _, seed, _, _ in tried} & {0, 1, 2}
+    assert not {network.seed for network, _ in tried} & {0, 1, 2}
     assert "8 layers, plain: 0.01: 50.0%, 0.02: 90.0%" in capsys.readouterr().out
 
 

@@ -56,7 +56,7 @@ def test_the_tasks_are_what_they_say(tricks: ModuleType) -> None:
     wrong = [truth[image] != label for image, label in labels_of(noisy).items()]
     assert 0.25 < sum(wrong) / len(wrong) < 0.35  # a tenth of a third is right by luck
     few = tricks.training_part(tricks.TRICKS["augmentation"], digits, 3)
-    assert torch.bincount(few.train_y).tolist() == [10] * 10
+    assert torch.bincount(few.train_y).tolist() == [tricks.N_A_DIGIT] * 10
     assert labels_of(few).items() <= truth.items()
     for part in (noisy, few):
         assert torch.equal(part.held_out_x, digits.held_out_x)
@@ -64,12 +64,17 @@ def test_the_tasks_are_what_they_say(tricks: ModuleType) -> None:
 
 
 def test_augmentation_moves_an_image_a_little(tricks: ModuleType) -> None:
-    x = tricks.load("cpu").train_x[:64]
-    moved = tricks.augmented(x)
+    """In training alone, each image anew; pixels stay between 0 and 1."""
+    x = tricks.load_images("cpu").train_x[:64]
+    assert (float(x.min()), float(x.max())) == (0, 1)
+    layer = tricks.with_augmentation(True)[0]
+    moved, again = layer(x), layer(x)
     assert moved.shape == x.shape
-    assert not torch.equal(moved, x)
-    together = torch.stack([x.flatten(), moved.flatten()])
-    assert 0.5 < float(torch.corrcoef(together)[0, 1]) < 0.9
+    assert 0 <= float(moved.min()) < float(moved.max()) <= 1
+    for other in (x, again):
+        together = torch.stack([other.flatten(), moved.flatten()])
+        assert 0.3 < float(torch.corrcoef(together)[0, 1]) < 0.95
+    assert torch.equal(layer.eval()(x), x)
 
 
 def test_what_switches_a_trick_on(tricks: ModuleType) -> None:
@@ -91,14 +96,19 @@ def test_what_switches_a_trick_on(tricks: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", ["batch normalisation", "augmentation", "shortcuts"])
 def test_the_kernels_train_as_torch_does(
-    tricks: ModuleType, name: str, device: str, monkeypatch: pytest.MonkeyPatch
+    tricks: ModuleType, name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights after a step of few images; nothing is left to torch."""
+    """The weights after a step of few images; nothing is left to torch.
+
+    Of seed 1: with seed 0 a value is within 8e-7 of ReLU's kink, and its gradient one or the other.
+    """
     monkeypatch.setattr(tricks, "BATCH", 16)
-    digits, trained = tricks.load(device), []
+    trick, journal, trained = tricks.TRICKS[name], tricks.open_journal(tmp_path, False, {}), []
+    digits = trick.load(device)
     for choice in ("torch", "kernels"):
+        part, trace = journal.part(choice), gpunn.Trace()
         with gpunn.backend(choice):
-            model, trace = tricks.learn(tricks.TRICKS[name], True, digits, 0, 1)
+            model = tricks.train(trick, True, digits, 1, 1, part, trace)
         trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert not trace.fallbacks
     torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-4)
