@@ -54,7 +54,7 @@ DEMOS = {
     "lenet": Demo("lenet_digits", "digits, 8×8", 19),
     "alexnet": Demo("alexnet", "two photographs", 120),
     "resnet": Demo("resnet_vs_plain", "digits, 8×8", 60),
-    "transformer": Demo("transformer_translate", "number words", 100),
+    "transformer": Demo("transformer_translate", "number words", 50),
     "gpt": Demo("gpt_text", "Python's language reference", 75),
     "gan": Demo("gan", "digits, 8×8", 37),
     "style": Demo("style_transfer", "two photographs, a painting", 180),
