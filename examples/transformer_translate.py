@@ -12,9 +12,9 @@ from verses of two Bibles, which Debian packages (``bible_verses.py`` says how t
 are held out, and translations, by beam search, compared with theirs by BLEU.
 
 The network is ``gpunn.models.transformer_small``, the paper's with 2 + 2 layers, 4 heads and 128
-channels, trained with the paper's dropout, label smoothing and batches of about one length, and half
-its learning rate, which here falls to zero in the end. Its attention to the source is held to a
-dictionary (of verses, to Strong's concordance): for a word that can stand for one word of the
+channels, trained with the paper's dropout, label smoothing and batches of about one length, and
+half its learning rate, which here falls to zero in the end. Its attention to the source is held to
+a dictionary (of verses, to Strong's concordance): for a word that can stand for one word of the
 source alone, the best head, chosen by sentences that were trained on, should look there.
 
 Every 200 steps (400 of verses) a checkpoint is written to FOLDER/checkpoints, and ``--resume`` goes
