@@ -71,6 +71,20 @@ def test_a_demo_can_be_run_and_called(path: Path) -> None:
     assert "if __name__ == '__main__':\n    raise SystemExit(main())" in map(ast.unparse, guards)
 
 
+@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
+def test_all_demos_take_the_same_options(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that ``gpunn demo all`` can pass them on; numbers are numbers."""
+    main = demo(path.stem).main
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = re.findall(r"^  (--[a-z]+)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert {"--device", "--seed", "--steps", "--out", "--quick", "--resume"} <= set(shown)
+    for wrong in (["--steps", "0"], ["--steps", "few"], ["--seed", "any"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+        assert f"argument {wrong[0]}: " in capsys.readouterr().err
+
+
 def test_the_quick_demo_as_a_user_runs_it(digits_mlp: ModuleType, tmp_path: Path) -> None:
     """On a CPU, without the interpreter: PyTorch's ops, and the trace says so."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
