@@ -59,6 +59,11 @@ def options(
     return training.Options(**{**given, "steps": steps, **others})
 
 
+def begun(given: training.Options) -> training.Training:
+    """Before its first step, in one process."""
+    return training.Training(corpus(), given, given.device, Processes())
+
+
 def trained(given: training.Options) -> training.Training:
     """By one process."""
     return training.train(corpus(), given, given.device, Processes())[0]

@@ -12,16 +12,11 @@ import torch
 import gpunn
 from kit import launched
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
 
 @pytest.fixture
-def sheet(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def sheet(demo_folder: Path) -> ModuleType:
     """The demo, which imports what it shares as scripts do, from its own folder."""
-    for package in ("sklearn", "matplotlib"):
-        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
     pytest.importorskip("PIL", reason="no pillow, which scikit-learn reads photographs with")
-    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("augment_sheet")
 
 

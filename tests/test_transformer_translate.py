@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,6 @@ import gpunn
 from closeness import assert_accurate
 from kit import as_numpy, launched
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NO_NUMBERS = "no num2words: pip install 'gpunn[demo]'"
 PICTURES = "learning_curve", "cross_attention", "self_attention", "attention_lines"
 
@@ -152,7 +151,7 @@ def test_every_sentence_is_read_once_a_pass(demo: ModuleType, tmp_path: Path) ->
 
     def passes(seed: int) -> list[list[int]]:
         given = small.options(tmp_path, 1, {}, seed=seed)
-        training = small.training.Training(small.corpus(), given, given.device, small.Processes())
+        training = small.begun(given)
         found = []
         for epoch in range(2):
             rows = []
@@ -174,7 +173,7 @@ def test_batches_are_of_about_one_length(demo: ModuleType, tmp_path: Path) -> No
 
     def lengths(sorted_batches: int) -> torch.Tensor:
         given = small.options(tmp_path, 1, {}, sorted_batches=sorted_batches)
-        training = small.training.Training(small.corpus(), given, given.device, small.Processes())
+        training = small.begun(given)
         found = []
         for training.step in range(5):
             source, _ = training.corpus.train.batch(training.rows())
@@ -193,7 +192,7 @@ def test_the_rate_falls_to_zero_in_the_end(demo: ModuleType, tmp_path: Path) -> 
 
     def rates(cool_down: float) -> torch.Tensor:
         given = small.options(tmp_path, 8, {}, cool_down=cool_down)
-        training = small.training.Training(small.corpus(), given, given.device, small.Processes())
+        training = small.begun(given)
         found = []
         for training.step in range(8):
             found.append(training.rate())
@@ -211,9 +210,7 @@ def trained(device: str, dtype: torch.dtype, out: Path, steps: int) -> tuple[Any
     """The losses of the first steps of a small network without dropout, and its parameters."""
     small = importlib.import_module("small_translation")
     given = small.options(out, steps, {"dropout": 0.0}, batch=4)
-    training = small.training.Training(
-        small.corpus(), given, torch.device(device), small.Processes()
-    )
+    training = small.begun(replace(given, device=torch.device(device)))
     training.model.to(dtype)
     losses = [training.advance() for _ in range(steps)]
     parameters = torch.cat([p.detach().flatten() for p in training.model.parameters()])
@@ -300,7 +297,7 @@ def test_damaged_checkpoints_end_the_demo_with_a_message(
     demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     small = importlib.import_module("small_translation")
-    task = dataclasses.replace(demo.TASKS["en-de"][0], corpus=lambda _: small.corpus())
+    task = replace(demo.TASKS["en-de"][0], corpus=lambda _: small.corpus())
     monkeypatch.setitem(demo.TASKS, "en-de", (task, task))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "checkpoint-000001.pt").write_bytes(b"nothing")
