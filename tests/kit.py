@@ -156,3 +156,24 @@ def launched(trace: gpunn.Trace, *operators: str) -> list[LaunchRecord]:
     missing = set(operators) - {record.operator for record in trace.launches}
     assert not missing, f"no kernel ran for {', '.join(sorted(missing))}:\n{trace}"
     return [record for record in trace.launches if record.operator in operators]
+
+
+def assert_trains_as_torch(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, *operators: str
+) -> gpunn.Trace:
+    """The loss of a training step and every gradient, by ``operators``, as PyTorch's are.
+
+    Within a thousandth of the largest values; nothing is left to PyTorch.
+    """
+    found: list[list[torch.Tensor]] = []
+    for choice in ("torch", "kernels"):
+        torch.manual_seed(0)
+        with gpunn.backend(choice), gpunn.trace() as trace:
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+            found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    launched(trace, *operators)
+    for exact, got in zip(*found, strict=True):
+        largest = float(exact.detach().abs().max())
+        assert largest > 1e-4, "the comparison would be vacuous"
+        torch.testing.assert_close(got, exact, rtol=0, atol=1e-3 * largest)
+    return trace

@@ -12,6 +12,7 @@ import torch
 
 import gpunn
 from gpunn import models, nn
+from kit import assert_trains_as_torch
 
 PICTURES = ("filters.png", "learning_curve.png")
 
@@ -75,3 +76,15 @@ def test_the_small_net_is_alexnets_build(alexnet: ModuleType) -> None:
     layers = [*full.features, nn.Flatten(), *full.classifier]
     kinds = [type(layer) for layer in layers if not isinstance(layer, nn.Identity)]
     assert [type(layer) for layer in alexnet.build()] == kinds
+
+
+def test_the_kernels_train_as_torch_does(alexnet: ModuleType, device: str) -> None:
+    """But for dropout, which is drawn by another generator."""
+    patches = alexnet.draw_patches(alexnet.regions()[0], 2, torch.Generator().manual_seed(0))
+    patches = patches.to(device)
+    torch.manual_seed(0)
+    model = alexnet.build().to(device).eval()
+    assert_trains_as_torch(
+        model, patches.x, patches.y, "conv_forward", "conv_weight_gradient", "max_pool_forward",
+        "max_pool_backward", "linear_forward", "linear_weight_gradient",
+    )  # fmt: skip

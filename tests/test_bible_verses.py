@@ -8,10 +8,12 @@ import struct
 import zlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import gpunn
+from gpunn.models import TranslationTransformer
 
 HEAD = '<div canonical="true" osisID="{0}" sID="b" type="book"/> <title level="1">{0}</title>'
 CHAPTER = '<chapter n="1" osisID="{0}.1" sID="{0}.1"/>'
@@ -106,15 +108,27 @@ def test_whole_books_and_rare_words_are_held_out(
 
 
 def test_the_demo_learns_from_them(
-    demo_folder: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_folder: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A few steps, a beam search, BLEU last, and pictures."""
     for package in ("sacrebleu", "matplotlib", "rich", "sklearn"):
         pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
     demo = importlib.import_module("transformer_translate")
     given = ["--pair", "en-es", "--corpus", str(folder), "--steps", "2", "--device", "cpu"]
+    search, beams = TranslationTransformer.beam_search, []
+
+    def spy(*given: Any, n_beams: int) -> Any:
+        beams.append(n_beams)
+        return search(*given, n_beams=n_beams)
+
+    monkeypatch.setattr(TranslationTransformer, "beam_search", spy)
     with gpunn.backend("torch"):
         assert demo.main([*given, "--out", str(tmp_path / "out")]) == 0
+    assert set(beams) == {4}
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"BLEU of them all: [\d.]+ \(expected: at least [\d.]+\)", last), last
     assert len(list((tmp_path / "out").glob("*.png"))) == 4

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import gpunn
+from kit import assert_trains_as_torch
 
 
 @pytest.fixture
@@ -55,6 +56,16 @@ def test_both_networks_start_from_the_same_weights(demo: ModuleType) -> None:
     assert residual.keys() == plain.keys()
     assert all(torch.equal(residual[name], plain[name]) for name in residual)
     assert not torch.equal(residual["conv1.weight"], other["conv1.weight"])
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_the_kernels_train_as_torch_does(demo: ModuleType, residual: bool, device: str) -> None:
+    images = demo.load_digits_as_images(device)
+    model = demo.build(8, residual, 0, torch.device(device))
+    assert_trains_as_torch(
+        model, images.train_x[:3], images.train_y[:3], "conv_forward", "conv_weight_gradient",
+        "batch_norm_forward", "batch_norm_backward", "linear_forward",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -145,6 +145,13 @@ def test_sentences_are_written_as_in_a_book(data: ModuleType, demo: ModuleType) 
     assert demo.bleu([["nada"]], [words]) < 1
 
 
+def test_lengths_sort_by_source_and_then_by_target(data: ModuleType) -> None:
+    sizes = [(2, 1), (1, 3), (1, 1), (2, 3), (3, 1)]
+    pairs = [data.Pair(["a"] * source, ["b"] * target, {}) for source, target in sizes]
+    order = data.Corpus.of(pairs, pairs).train.lengths.argsort().tolist()
+    assert [sizes[i] for i in order] == sorted(sizes)
+
+
 def test_every_sentence_is_read_once_a_pass(demo: ModuleType, tmp_path: Path) -> None:
     """In orders that differ from pass to pass and from seed to seed."""
     small = importlib.import_module("small_translation")
@@ -168,7 +175,7 @@ def test_every_sentence_is_read_once_a_pass(demo: ModuleType, tmp_path: Path) ->
 
 
 def test_batches_are_of_about_one_length(demo: ModuleType, tmp_path: Path) -> None:
-    """Sorted by source, then by target, among so many batches; those come in no order."""
+    """Sorted among so many batches; those come in no order."""
     small = importlib.import_module("small_translation")
 
     def lengths(sorted_batches: int) -> torch.Tensor:
