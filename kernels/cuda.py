@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gpunn.kernels import host, nvrtc
 from gpunn.kernels.interpreter import INTERPRETING
-from gpunn.kernels.launch import Launch, decline, takes
+from gpunn.kernels.launch import Launch, assume_constant_result, decline, takes
 
 TYPES = {
     torch.float16: "__half",
@@ -170,7 +170,7 @@ def why_no_cupy() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _why_no_cupy() -> str | None:  # torch.compile looks past the memory of what is cached
     return why_no_cupy()
 

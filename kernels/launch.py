@@ -229,12 +229,18 @@ def run(
         launch_compiled(kernel, grid, index, arguments, constants, launch)
 
 
-@torch.compiler.assume_constant_result
+def assume_constant_result(function: Callable[P, R]) -> Callable[P, R]:
+    """As torch.compiler's, but that one first imports the compiler, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assume_constant_result
 def _capability(index: int) -> int:
     return _cuda_device(index).capability
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _transform() -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform"

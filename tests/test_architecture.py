@@ -342,18 +342,31 @@ def test_public_names_are_documented_and_defined_here() -> None:
                 assert value.__doc__, f"{name} has no docstring"
 
 
-def test_importing_gpunn_imports_no_gpu_library() -> None:
+def test_importing_gpunn_imports_neither_a_gpu_library_nor_the_compiler() -> None:
     import subprocess
     import sys
 
     code = (
         "import sys, gpunn, torch; assert not torch.cuda.is_initialized();"
-        "print('cupy' in sys.modules)"
+        "print({'cupy', 'torch._dynamo'} & sys.modules.keys())"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    assert result.stdout.strip() == "False"
+    assert result.stdout.strip() == "set()"
+
+
+def test_constants_are_marked_as_torch_marks_them() -> None:
+    import torch
+
+    from gpunn.kernels.launch import assume_constant_result
+
+    def one() -> None: ...
+
+    def other() -> None: ...
+
+    theirs = torch.compiler.assume_constant_result(one)
+    assert vars(theirs) == vars(assume_constant_result(other)) != {}
 
 
 def test_no_star_imports_no_leftovers() -> None:

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from gpunn.functional.dispatch import is_tensor
 
@@ -100,6 +99,10 @@ def of_causal_bias(
     mask: Any, is_causal: bool, alignment: str
 ) -> tuple[torch.Tensor | None, bool, str]:
     """torch's ``CausalBias`` as a rule instead of a mask; other masks as they are."""
+    if mask is None or type(mask) is torch.Tensor:
+        return mask, is_causal, alignment
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # imports the compiler: a second
+
     if not isinstance(mask, CausalBias):
         return mask, is_causal, alignment
     corner = mask.variant == CausalVariant.UPPER_LEFT
