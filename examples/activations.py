@@ -11,7 +11,7 @@ gradients explode, or push sigmoid and tanh to where they are flat. Xavier's and
 initialisations are such that the gradient keeps its size, for tanh and for ReLU. Batch
 normalisation repairs what the weights have wrong, in every layer and at every step.
 
-So a network of LAYERS layers learns the digits with each activation, from each initialisation, with
+So a network of ten layers learns the digits with each activation, from each initialisation, with
 and without batch normalisation: the second picture is the gradient's size by layer before the first
 step, the third the accuracy that each reaches on digits it never saw, and what the learning rate
 does to it.
@@ -45,9 +45,9 @@ from digits_mlp import (
     batches,
     first_traced,
     load,
-    one_thread,
     predict,
     progress_bar,
+    threads,
     train_step,
 )
 from gpunn import nn
@@ -155,7 +155,7 @@ def learn_all(
 ) -> dict[Setting, Outcome]:
     """What becomes of each setting, where the journal does not know."""
     outcomes: dict[Setting, Outcome] = {}
-    with one_thread(), progress_bar() as progress:
+    with threads(1), progress_bar() as progress:
         task = progress.add_task("", total=len(settings), loss=math.nan)
         for setting in settings:
             part, trace = journal.part(str(setting)), gpunn.Trace()

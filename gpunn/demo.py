@@ -28,7 +28,7 @@ class Demo:
     module: str
     data: str
     seconds: int
-    """About what it takes with its defaults on a core of an AMD EPYC."""
+    """About what it takes with its defaults on two cores of an AMD EPYC."""
 
     @property
     def docstring(self) -> str:
@@ -153,12 +153,13 @@ def paragraph(text: str) -> str:
 
 
 def section(name: str, drawn: Path) -> str:
-    """A demo's part of the page."""
+    """A demo's part of the page; the pictures stand in the order in which they were drawn."""
     command, last = (drawn / SAID).read_text().splitlines()
     lines = [f'<section id="{name}">', f"<h2>{html.escape(DEMOS[name].title)}</h2>"]
     lines += map(paragraph, DEMOS[name].prose)
     lines += [f'<p class="said">{html.escape(last)}</p>', f"<p><code>{html.escape(command)}</code>"]
-    for picture in sorted(p for p in drawn.iterdir() if p.suffix in (".png", ".jpg")):
+    pictures = [path for path in drawn.iterdir() if path.suffix in (".png", ".jpg")]
+    for picture in sorted(pictures, key=lambda path: (path.stat().st_mtime_ns, path)):
         caption = picture.stem.replace("_", " ")
         lines.append(
             f'<figure><img src="{name}/{picture.name}" alt="{caption}">'

@@ -128,6 +128,19 @@ def test_the_page_keeps_what_ran_before(tmp_path: Path, monkeypatch: Patch) -> N
     assert Page(Path(out, "index.html")).pictures == ["small/a_picture.png", "again/a_picture.png"]
 
 
+@pytest.mark.usefixtures("small")
+def test_pictures_stand_in_the_order_in_which_they_were_drawn(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["demo", "small", "--out", str(out)]) == 0
+    for second, name in enumerate(("last", "a_picture", "first")):
+        path = out / "small" / f"{name}.png"
+        path.touch()
+        os.utime(path, (0, 10 - second))
+    demo.write_page(out)
+    names = [Path(picture).stem for picture in Page(out / "index.html").pictures]
+    assert names == ["first", "a_picture", "last"]
+
+
 def test_an_unknown_demo_is_refused(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["demo", "nonsense"])
