@@ -38,7 +38,7 @@ import torch
 import gpunn
 from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal
 from command_line import device_of, parser_for
-from digits_mlp import Options, one_thread, predict, progress_bar, train_step
+from digits_mlp import Options, predict, progress_bar, threads, train_step
 from gpunn import models, nn
 from gpunn.doctor import cpu_name
 
@@ -209,7 +209,7 @@ def train(model: nn.Module, options: Options, part: Part) -> list[Point]:
     if loop.step == 0:
         measure(0)
     every = max(10, options.steps // 20)
-    with one_thread(), progress_bar() as progress:
+    with threads(1), progress_bar() as progress:
         task = progress.add_task("", total=options.steps, completed=loop.step, loss=math.nan)
         for step in loop:
             patches = draw_patches(train_on, BATCH, generator).to(options.device)

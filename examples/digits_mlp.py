@@ -178,10 +178,14 @@ def measure(model: nn.Module, digits: Digits, step: int) -> Point:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One CPU thread: no slower at this size, and the same numbers on any number of cores."""
+def threads(at_most: int) -> Iterator[None]:
+    """So many CPU threads, or fewer where torch has been given fewer, as by torchrun.
+
+    Small networks are no faster with more than one; and as many on any machine give the same
+    numbers.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(min(at_most, before))
     try:
         yield
     finally:
@@ -224,7 +228,7 @@ def train(
         loop.curve.append(astuple(measure(model, digits, 0)))
     every = max(10, options.steps // 50)
     order = itertools.islice(batches(len(digits.train_x), options.seed), loop.step, None)
-    with one_thread(), progress_bar() as progress:
+    with threads(1), progress_bar() as progress:
         task = progress.add_task("", total=options.steps, completed=loop.step, loss=math.nan)
         for step in loop:
             for group in optimizer.param_groups:

@@ -11,7 +11,7 @@ import torch
 import gpunn
 from alexnet import LEARNING_RATE, Region, draw_patches
 from checkpoint import Part
-from digits_mlp import one_thread, progress_bar, train_step
+from digits_mlp import progress_bar, train_step
 from gpunn import models, nn
 
 WIDTHS = (32, 64, 96, 128)  # of the trained network's stages, each of two convolutions
@@ -156,7 +156,7 @@ def trained_network(
         optimizer.load_state_dict(begun["optimizer"])
         generator.set_state(begun["generator"])
     first = 0 if begun is None else begun["step"]
-    with one_thread(), progress_bar() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=steps, completed=first, loss=float("nan"))
         for step in range(first, steps):
             patches = draw_patches(regions, BATCH, generator).to(device)

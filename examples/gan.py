@@ -54,7 +54,7 @@ import torch
 import gpunn
 from checkpoint import CANNOT_RESUME, Checkpoints, go_on, save
 from command_line import device_of, parser_for
-from digits_mlp import one_thread, progress_bar
+from digits_mlp import progress_bar, threads
 from gan_judge import N_DIGITS, Images, Judge, large_digits, small_digits
 from gan_pictures import draw_curves, draw_samples, draw_walk
 from gan_training import SETTINGS, Setting, Training
@@ -96,7 +96,7 @@ def train(
     if resume:
         go_on(training, checkpoints, training.group)
     bar: Any = progress_bar(live=LIVE) if judge is not None else nullcontext()
-    with one_thread(), bar as progress:
+    with threads(1), bar as progress:
         task = progress and progress.add_task("", total=training.steps, d=math.nan, g=math.nan)
         if training.step == 0:
             training.measure(judge)

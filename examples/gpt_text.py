@@ -41,7 +41,7 @@ import torch
 import gpunn
 from checkpoint import CANNOT_RESUME, Loop, Part, digest, open_journal
 from command_line import device_of, parser_for
-from digits_mlp import first_traced, one_thread, progress_bar
+from digits_mlp import first_traced, progress_bar, threads
 from gpunn.models import GPT
 
 try:
@@ -277,7 +277,7 @@ def train(model: GPT, text: Text, options: Options, part: Part) -> tuple[list[Po
 
     if loop.step == 0:
         measure(0)
-    with one_thread(), progress_bar() as progress:
+    with threads(2), progress_bar() as progress:
         task = progress.add_task("", total=options.steps, completed=loop.step, loss=math.nan)
         for step in loop:
             starts = torch.randint(n_starts, (BATCH,), generator=generator)

@@ -5,7 +5,7 @@
 
 The network is the paper's: tanh and average pooling on images of 32×32 pixels; ``--modern`` takes
 ReLU and max pooling instead. The digits are enlarged from 8×8, and in training each is shifted by
-up to SHIFT pixels of the 32, anew whenever it is seen. On a GPU it runs on gpunn's kernels, on a
+up to two pixels of the 32, anew whenever it is seen. On a GPU it runs on gpunn's kernels, on a
 CPU on PyTorch's own ops; the printed trace of a training step says which ran.
 
 The images held out are those of digits_mlp.py: a quarter, the same for every seed, never trained
@@ -99,9 +99,9 @@ def train(
     loop = Loop(part, options.steps, SAVE_EVERY, model=model, optimizer=optimizer, decay=decay)
     if loop.step == 0:
         loop.curve.append(astuple(digits_mlp.measure(model, digits, 0)))
-    every = max(10, options.steps // 40)
+    every = max(10, options.steps // 16)
     order = itertools.islice(batches(len(digits.train_x), options.seed), loop.step, None)
-    with digits_mlp.one_thread(), digits_mlp.progress_bar() as progress:
+    with digits_mlp.threads(2), digits_mlp.progress_bar() as progress:
         task = progress.add_task("", total=options.steps, completed=loop.step, loss=math.nan)
         for step in loop:
             batch = next(order)

@@ -31,7 +31,7 @@ import torch
 import gpunn
 import gpunn.functional as GF
 from command_line import device_of, parser_for
-from digits_mlp import one_thread, progress_bar
+from digits_mlp import progress_bar, threads
 
 try:
     from matplotlib.axes import Axes
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: Network([torch.tensor([w], device=device)], [torch.tensor([b], device=device)])
         for name, (w, b) in HAND.items()
     }
-    with one_thread():
+    with threads(1):
         learned, trace = train(given.seed, steps, device)
         counts = {}
         if not given.quick:

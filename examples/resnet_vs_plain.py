@@ -46,7 +46,7 @@ import torch.nn.functional as F
 import gpunn
 from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal
 from command_line import device_of, parser_for, positive
-from digits_mlp import Digits, batches, first_traced, load, one_thread, predict, train_step
+from digits_mlp import Digits, batches, first_traced, load, predict, threads, train_step
 from gpunn import nn
 from gpunn.models import resnet_cifar
 
@@ -204,7 +204,7 @@ def choose_rates(
     )
     folds = [Digits(x[ours], y[ours], x[held], y[held]) for ours, held in halves]
     best = {}
-    with one_thread():
+    with threads(1):
         for depth, residual in itertools.product(depths, KINDS):
             means = []
             for rate in CANDIDATES:
@@ -229,7 +229,7 @@ def learn_all(options: Options, images: Digits, journal: Journal) -> list[Outcom
     ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     outcomes: list[Outcome] = []
-    with one_thread(), Progress(*columns, TimeElapsedColumn()) as progress:
+    with threads(1), Progress(*columns, TimeElapsedColumn()) as progress:
         task = progress.add_task("", total=len(networks) * options.steps)
         after_step = functools.partial(progress.advance, task)
         for i, network in enumerate(networks):
@@ -248,7 +248,7 @@ def learn_all(options: Options, images: Digits, journal: Journal) -> list[Outcom
 def gradient_norms(model: nn.Module, images: Digits) -> list[float]:
     """The norm of the gradient in the weight of each convolution, from the first to the last."""
     x, y = images.train_x[:512], images.train_y[:512]
-    with one_thread():
+    with threads(1):
         F.cross_entropy(model(x), y).backward()
     weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     return [weight.grad.norm().item() for weight in weights if weight.grad is not None]

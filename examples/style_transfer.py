@@ -53,7 +53,7 @@ import torch
 import gpunn
 from checkpoint import CANNOT_RESUME, Journal, digest, open_journal
 from command_line import device_of, parser_for
-from digits_mlp import one_thread, progress_bar
+from digits_mlp import progress_bar, threads
 from feature_networks import (
     FeatureNetwork,
     calibrate,
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CANNOT_RESUME as error:
         print(error, file=sys.stderr)
         return 1
-    with one_thread():
+    with threads(2):
         networks = networks_for(options, journal)
         print(f"On {options.device} ran:\n{trace_of(networks, options)}")
         if options.dreams:

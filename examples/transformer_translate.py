@@ -42,7 +42,7 @@ import gpunn
 from bible_verses import FOLDER, bible_verses
 from checkpoint import CANNOT_RESUME
 from command_line import device_of, parser_for
-from digits_mlp import one_thread
+from digits_mlp import threads
 from gpunn.models import TranslationTransformer
 from number_words import number_words
 from processes import processes
@@ -83,20 +83,20 @@ NUMBERS = Setting(network={"dropout": 0.1})
 def numbers(pair: str, expected: float) -> tuple[Task, Task]:
     """Spelt in two languages; and the quick task."""
     return (
-        Task(lambda _: number_words(pair), 500, expected, 0.98, NUMBERS),
+        Task(lambda _: number_words(pair), 400, expected, 0.98, NUMBERS),
         Task(lambda _: number_words(pair, 3000, 100), 160, 0.5, 0.6, NUMBERS),
     )
 
 
 VERSES = Setting(
     warm_up=400, factor=1.0, measure_every=200, save_every=400,
-    network={"norm_first": True, "dropout": 0.1},
+    network={"norm_first": True, "dropout": 0.1, "d_model": 192, "d_hidden": 512},
 )  # fmt: skip
 TASKS = {
     "en-de": numbers("en-de", 0.97),
     "en-fr": numbers("en-fr", 0.98),
     "en-es": (
-        Task(bible_verses, 2000, 21.0, 0.5, VERSES, n_beams=4, by_bleu=True),
+        Task(bible_verses, 1700, 23.0, 0.5, VERSES, n_beams=4, by_bleu=True),
         Task(bible_verses, 120, 0.05, 0.05, VERSES, n_beams=4, by_bleu=True),
     ),
 }
@@ -257,7 +257,7 @@ def run(task: Task, options: Options, folder: Path) -> Result | None:
     corpus = task.corpus(folder)
     if options.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 on the tensor cores
-    with one_thread(), processes(options.device) as (group, device):
+    with threads(2), processes(options.device) as (group, device):
         training, trace = train(corpus, options, device, group)
         model = training.whole()
         if not group.first:

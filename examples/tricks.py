@@ -48,9 +48,9 @@ from digits_mlp import (
     batches,
     first_traced,
     load,
-    one_thread,
     predict,
     progress_bar,
+    threads,
     train_step,
 )
 from gan_judge import large_digits, mnist_file, small_digits
@@ -259,7 +259,7 @@ def run(options: Options, journal: Journal) -> Result:
     result = Result({name: ([], []) for name in TRICKS}, [], gpunn.Trace())
     digits = {name: trick.load(options.device) for name, trick in TRICKS.items()}
     tried = list(itertools.product(TRICKS.items(), options.seeds, (False, True)))
-    with one_thread(), progress_bar() as progress:
+    with threads(1), progress_bar() as progress:
         task = progress.add_task("", total=len(tried), loss=float("nan"))
         for (name, trick), seed, on in tried:
             part = journal.part(f"{'with' if on else 'without'} {name}, seed {seed}")

@@ -106,7 +106,7 @@ def test_the_loss_is_the_mean_over_all_windows(demo: ModuleType) -> None:
 def test_writing_goes_on_past_the_memory(demo: ModuleType) -> None:
     text = demo.load(demo.reference(), "cpu")
     model = narrow(demo, len(text.characters))
-    with gpunn.backend("torch"), demo.one_thread():
+    with gpunn.backend("torch"), demo.threads(1):
         written, again, other = (demo.write(model, text, 40, seed) for seed in (0, 0, 1))
     assert len(written) == demo.CONTEXT // 2 + 40
     assert written.startswith(text.decoded(text.held_out[: demo.CONTEXT // 2]))
