@@ -45,19 +45,19 @@ class Demo:
 
 
 DEMOS = {
-    "neuron": Demo("neuron", "truth tables", 12),
-    "activations": Demo("activations", "digits, 8×8", 40),
-    "digits": Demo("digits_mlp", "digits, 8×8", 4),
-    "tricks": Demo("tricks", "digits, 8×8", 35),
-    "edges": Demo("edges", "a photograph", 2),
-    "augment": Demo("augment_sheet", "two photographs, digits", 10),
-    "lenet": Demo("lenet_digits", "digits, 8×8", 19),
-    "alexnet": Demo("alexnet", "two photographs", 120),
-    "resnet": Demo("resnet_vs_plain", "digits, 8×8", 60),
-    "transformer": Demo("transformer_translate", "number words", 50),
-    "gpt": Demo("gpt_text", "Python's language reference", 75),
-    "gan": Demo("gan", "digits, 8×8", 37),
-    "style": Demo("style_transfer", "two photographs, a painting", 180),
+    "neuron": Demo("neuron", "truth tables", 8),
+    "activations": Demo("activations", "digits, 8×8", 26),
+    "digits": Demo("digits_mlp", "digits, 8×8", 9),
+    "tricks": Demo("tricks", "digits, 8×8", 39),
+    "edges": Demo("edges", "a photograph", 4),
+    "augment": Demo("augment_sheet", "two photographs, digits", 5),
+    "lenet": Demo("lenet_digits", "digits, 8×8", 12),
+    "alexnet": Demo("alexnet", "two photographs", 40),
+    "resnet": Demo("resnet_vs_plain", "digits, 8×8", 39),
+    "transformer": Demo("transformer_translate", "number words", 40),
+    "gpt": Demo("gpt_text", "Python's language reference", 45),
+    "gan": Demo("gan", "digits, 8×8", 31),
+    "style": Demo("style_transfer", "two photographs, a painting", 95),
 }
 
 
