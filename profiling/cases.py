@@ -11,6 +11,7 @@ from gpunn.profiling.cross_entropy_cases import cross_entropy_cases
 from gpunn.profiling.dropout_cases import dropout_cases
 from gpunn.profiling.elementwise_cases import activation_cases, glu_cases
 from gpunn.profiling.embedding_cases import embedding_cases
+from gpunn.profiling.gan_cases import gan_cases
 from gpunn.profiling.group_norm_cases import group_norm_cases
 from gpunn.profiling.layer_norm_cases import layer_norm_cases
 from gpunn.profiling.linear_cases import linear_cases
@@ -43,7 +44,7 @@ CASES: dict[str, list[Case]] = {
     "dropout": dropout_cases(),
     "augment": augment_cases(),
     "softmax": softmax_cases(),
-    "models": [*model_cases(), *transformer_cases(), *translation_cases()],
+    "models": [*model_cases(), *transformer_cases(), *translation_cases(), *gan_cases()],
 }
 
 CHECKED_AS: dict[str, tuple[str, ...]] = {

@@ -31,11 +31,23 @@ TOLERANCE = 0.5
 
 
 def _activated(y: torch.Tensor, layer: Any) -> torch.Tensor:
-    return y if layer.activation is None else F.relu(y, inplace=True)
+    if layer.activation is None:
+        return y
+    if layer.activation == "tanh":
+        return y.tanh_()
+    if layer.activation == "relu":
+        return F.relu(y, inplace=True)
+    name, slope = layer.activation
+    return F.leaky_relu(y, {"leaky_relu": slope}[name], inplace=True)
 
 
 class _Conv2d(torch.nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _activated(super().forward(input), self)
+
+
+class _ConvTranspose2d(torch.nn.ConvTranspose2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return _activated(super().forward(input), self)
 
 
@@ -52,11 +64,14 @@ class _BatchNorm2d(torch.nn.BatchNorm2d):
         return _activated(y, self)
 
 
-_IN_TORCH = {nn.Conv2d: _Conv2d, nn.Linear: _Linear, nn.BatchNorm2d: _BatchNorm2d}
+_IN_TORCH = {
+    nn.Conv2d: _Conv2d, nn.ConvTranspose2d: _ConvTranspose2d, nn.Linear: _Linear,
+    nn.BatchNorm2d: _BatchNorm2d,
+}  # fmt: skip
 
 
 def in_torch(network: nn.Module) -> nn.Module:
-    """The network, its layers now torch's; sums and ReLUs follow them in place, as is usual."""
+    """The network, its layers now torch's; what follows them works in place, as is usual."""
     for module in network.modules():
         module.__class__ = _IN_TORCH.get(type(module), type(module))
     gpunn.restore(network)
