@@ -25,10 +25,11 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
+# Its networks are small; two threads would starve each other where other work takes a core.
 demo: $(READY) ## what this machine can run, every kernel checked, then four networks that learn
 	$(PY) -m gpunn doctor
 	$(PY) -m gpunn check
-	$(PY) -m gpunn demo neuron digits transformer gan --quick
+	OMP_NUM_THREADS=1 $(PY) -m gpunn demo neuron digits transformer gan --quick
 
 test: lint types ## lint, types, then every test, in parallel
 	$(PY) -m pytest -n auto

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from gpunn import nn
-from gpunn.profiling.case import Case, Function, Tensors
+from gpunn.profiling.case import Case, Function
 from gpunn.profiling.model_cases import Step, in_torch
 
 LEAKY = ("leaky_relu", 0.2)
@@ -52,17 +52,14 @@ class AdversarialStep(Step):
     The inputs are as ``Step``'s, but z (batch, n_classes, 1, 1) for the labels.
     """
 
-    def make(self, device: torch.device, dtype: torch.dtype, seed: int) -> Tensors:
-        images, _, *rest = super().make(device, dtype, seed)
-        forked = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(forked):
-            torch.manual_seed(seed)
-            z = torch.randn(self.batch, self.n_classes, 1, 1, dtype=dtype, device=device)
-        return images, z.contiguous(memory_format=torch.channels_last), *rest
+    def second_input(self, dtype: torch.dtype) -> torch.Tensor:
+        """z, from a normal distribution."""
+        return torch.randn(self.batch, self.n_classes, 1, 1, dtype=dtype)
 
     def loss_of(self, network: nn.Module) -> Function:
-        """softplus(-D(x)) + softplus(D(G(z))), whose gradient is D's alone, + softplus(-D(G(z))),
-        whose gradient is G's alone: the two losses that are not in each other's way, as one.
+        """softplus(-D(x)) + softplus(D(G(z))) for D alone, and softplus(-D(G(z))) for G alone.
+
+        Their sum has both gradients: in each term the other network's parameters are detached.
         """
         generator, discriminator = (network.get_submodule(part) for part in PARTS)
 
@@ -82,8 +79,10 @@ class AdversarialStep(Step):
         return loss
 
     def flops(self) -> int:
-        """Of each output and gradient that is needed: the inputs' gradients are not, and the
-        discriminator computes three times, but gets the gradients of its weights only twice.
+        """Of each output and gradient that is needed.
+
+        Those of images and z are not, and of the three times that the discriminator computes, its
+        weights get a gradient twice.
         """
         products: list[int] = []
 

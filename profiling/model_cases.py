@@ -31,14 +31,16 @@ TOLERANCE = 0.5
 
 
 def _activated(y: torch.Tensor, layer: Any) -> torch.Tensor:
-    if layer.activation is None:
-        return y
-    if layer.activation == "tanh":
-        return y.tanh_()
-    if layer.activation == "relu":
-        return F.relu(y, inplace=True)
-    name, slope = layer.activation
-    return F.leaky_relu(y, {"leaky_relu": slope}[name], inplace=True)
+    match layer.activation:
+        case None:
+            return y
+        case "relu":
+            return F.relu(y, inplace=True)
+        case "tanh":
+            return y.tanh_()
+        case ("leaky_relu", slope):
+            return F.leaky_relu(y, slope, inplace=True)
+    raise ValueError(f"no torch layer here computes {layer.activation!r}")
 
 
 class _Conv2d(torch.nn.Conv2d):
@@ -152,10 +154,14 @@ class Step:
             torch.manual_seed(seed)
             network = self.drawn(dtype)
             images = torch.randn(self.batch, 3, self.size, self.size, dtype=dtype)
-            labels = torch.randint(self.n_classes, (self.batch,))
+            second = self.second_input(dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         state = (tensor.detach() for tensor in (*network.parameters(), *network.buffers()))
-        return images, labels, *state, images.new_ones(())
+        return images, second, *state, images.new_ones(())
+
+    def second_input(self, dtype: torch.dtype) -> torch.Tensor:
+        """The labels; drawn on torch's default device."""
+        return torch.randint(self.n_classes, (self.batch,))
 
     def loss_of(self, network: nn.Module) -> Function:
         """The loss as a function of images, labels and the network's parameters and buffers."""
