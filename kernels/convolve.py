@@ -62,6 +62,12 @@ TILES_PACKED = (
     ConvolutionLaunch(8, 3, block_rows=64, block_cols=64, block_inner=64),
     ConvolutionLaunch(8, 3, block_rows=64, block_cols=32, block_inner=64),
 )
+# Channels that are no multiple of 16 are loaded in pieces, too, since Triton knows of no other
+# alignment. The larger tiles would spill, by up to 25 kB a thread.
+TILES_UNALIGNED = (
+    ConvolutionLaunch(8, 3, block_rows=64, block_cols=64, block_inner=32),
+    ConvolutionLaunch(8, 3, block_rows=64, block_cols=32, block_inner=32),
+)
 TILES_TF32 = (
     ConvolutionLaunch(4, 3, block_rows=64, block_cols=64, block_inner=16),
     ConvolutionLaunch(4, 3, block_rows=32, block_cols=32, block_inner=16),
@@ -78,8 +84,10 @@ FEWEST_CHANNELS = 16
 WEIGHT_WIDE = WeightLaunch(8, 3, block_rows=128, block_cols=128, block_inner=64)
 WEIGHT_DEEP = WeightLaunch(4, 3, block_rows=64, block_cols=64, block_inner=64)
 WEIGHT_16_BIT = WeightLaunch(4, 4, block_rows=64, block_cols=64, block_inner=32)
+WEIGHT_UNALIGNED = WeightLaunch(8, 4, block_rows=64, block_cols=64, block_inner=32)
 WEIGHT_PACKED = WeightLaunch(4, 3, block_rows=64, block_cols=32, block_inner=32)
 WEIGHT_32_BIT = WeightLaunch(4, 3, block_rows=32, block_cols=64, block_inner=16)
+WEIGHT_32_UNALIGNED = WeightLaunch(8, 3, block_rows=32, block_cols=64, block_inner=16)
 GROUPED = GroupedLaunch()
 MOST_PARTS = 32
 """Of the sum over places, each a float32 copy of the weight until they are added."""
@@ -146,33 +154,36 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def tiles_for(y: torch.Tensor, packed: bool) -> tuple[ConvolutionLaunch, ...]:
-    """The tile sizes among which a convolution is launched.
+def tiles_for(y: torch.Tensor, n_channels: int, n_outputs: int) -> tuple[ConvolutionLaunch, ...]:
+    """The tile sizes among which a convolution is launched, of channels and outputs of a group.
 
     Where results are stored one by one, the three largest of 16 bits spill on one chip or another,
     and the larger of 32; so does that of IEEE's where elements are loaded one by one. On Blackwell
     256 rows spill.
     """
+    packed = n_channels < FEWEST_CHANNELS
     if y.element_size() > 2:
         tf32 = precision_of(y.dtype) == "tf32"
         tiles = TILES_TF32 if tf32 else TILES_IEEE
         return tiles[1:] if y.stride(1) != 1 or (packed and not tf32) else tiles
     if packed:
         return TILES_PACKED
-    if y.stride(1) != 1:
+    if n_channels % 16:
+        return TILES_UNALIGNED
+    if y.stride(1) != 1 or n_outputs % 16:
         return TILES_16_BIT[3:]
     most_rows = 256 if device_of(y).capability < 100 else 128
     return tuple(tile for tile in TILES_16_BIT if tile.block_rows <= most_rows)
 
 
 def choose_launch(
-    y: torch.Tensor, n_places: int, n_outputs: int, groups: int, packed: bool
+    y: torch.Tensor, n_places: int, n_channels: int, n_outputs: int, groups: int
 ) -> ConvolutionLaunch:
     """The largest tile that outputs fill to more than half, and that fills the chip.
 
     Else the smallest.
     """
-    tiles, n_multiprocessors = tiles_for(y, packed), device_of(y).n_multiprocessors
+    tiles, n_multiprocessors = tiles_for(y, n_channels, n_outputs), device_of(y).n_multiprocessors
     for launch in tiles:
         n_tiles = cdiv(n_places, launch.block_rows) * cdiv(n_outputs, launch.block_cols) * groups
         if n_tiles >= n_multiprocessors and launch.block_cols < 2 * n_outputs:
@@ -231,7 +242,7 @@ def convolve(
         kernel, constants = grouped_convolution_kernel, outputs.constants()
         run(name, kernel, (n_tiles,), *arguments, launch=GROUPED, **constants)
         return
-    launch = choose_launch(outputs.y, n_places, n_outputs, groups, packed)
+    launch = choose_launch(outputs.y, n_places, n_channels, n_outputs, groups)
     n_tiles = cdiv(n_places, launch.block_rows) * cdiv(n_outputs, launch.block_cols) * groups
     n_programs = min(n_tiles, device_of(x).n_multiprocessors)
     run(
@@ -242,10 +253,14 @@ def convolve(
 
 def weight_launch(dz: torch.Tensor, n_channels: int, n_outputs: int) -> WeightLaunch:
     """The tiles of a weight's gradient, of the channels and outputs of one group."""
+    packed = n_channels < FEWEST_CHANNELS
+    unaligned = not packed and (n_channels % 16 or n_outputs % 16)
     if dz.element_size() > 2:
-        return WEIGHT_32_BIT
-    if n_channels < FEWEST_CHANNELS:
+        return WEIGHT_32_UNALIGNED if unaligned else WEIGHT_32_BIT
+    if packed:
         return WEIGHT_PACKED
+    if unaligned:
+        return WEIGHT_UNALIGNED
     if device_of(dz).capability < 90:
         return WEIGHT_16_BIT
     return WEIGHT_WIDE if min(n_channels, n_outputs) >= 128 else WEIGHT_DEEP

@@ -62,6 +62,10 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int], torch.dtype]] = {
     "packed": ((64, 3, 64, 224, 1), HALF),
     "packed-64x32": ((1, 3, 64, 8, 1), HALF),
     "packed-outputs": ((64, 64, 3, 56, 1), HALF),
+    "unaligned-64x64": ((32, 100, 100, 56, 1), HALF),
+    "unaligned-64x32": ((1, 72, 24, 14, 1), HALF),
+    "unaligned-channels": ((32, 100, 128, 56, 1), HALF),
+    "unaligned-groups": ((32, 200, 200, 56, 2), HALF),
     "groups": ((64, 256, 256, 56, 4), HALF),
     "depthwise": ((64, 128, 128, 56, 128), HALF),
     "float32-64x64": ((64, 64, 128, 56, 1), torch.float32),
@@ -69,11 +73,13 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int], torch.dtype]] = {
     "float32-packed": ((64, 3, 64, 224, 1), torch.float32),
     "ieee-64x64": ((64, 64, 128, 56, 1), torch.float32),
     "ieee-32x32": ((1, 64, 64, 14, 1), torch.float32),
+    "float32-unaligned": ((32, 100, 100, 56, 1), torch.float32),
+    "ieee-unaligned": ((32, 100, 100, 56, 1), torch.float32),
     "ieee-packed": ((64, 3, 64, 224, 1), torch.float32),
     "float32-depthwise": ((64, 128, 128, 56, 128), torch.float32),
 }
 # What is compiled for images whose channels lie apart as well.
-CONTIGUOUS_TOO = ("128x128", "packed", "float32-64x64", "ieee-64x64")
+CONTIGUOUS_TOO = ("128x128", "packed", "unaligned-64x64", "float32-64x64", "ieee-64x64")
 
 
 def convolution_scenarios() -> dict[str, Scenario]:
