@@ -1,6 +1,6 @@
 """LeNet-5 learns to read handwritten digits: convolutions that find strokes, layer by layer.
 
-    python examples/lenet_digits.py [--device auto] [--seed 0] [--steps 800] [--modern]
+    python examples/lenet_digits.py [--device auto] [--seed 0] [--steps 300] [--modern]
                                     [--out FOLDER] [--quick] [--resume]
 
 The network is the paper's: tanh and average pooling on images of 32×32 pixels; ``--modern`` takes
@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
 SIDE = 32
 SHIFT = 2  # pixels, half of one of the 8×8
 MOMENTUM = 0.9
-STEPS, EXPECTED = 800, 0.98
+STEPS, EXPECTED = 300, 0.98
 QUICK_STEPS, QUICK_EXPECTED = 150, 0.94
 SAVE_EVERY = 100
 
@@ -99,7 +99,7 @@ def train(
     loop = Loop(part, options.steps, SAVE_EVERY, model=model, optimizer=optimizer, decay=decay)
     if loop.step == 0:
         loop.curve.append(astuple(digits_mlp.measure(model, digits, 0)))
-    every = max(10, options.steps // 16)
+    every = max(10, options.steps // 10)
     order = itertools.islice(batches(len(digits.train_x), options.seed), loop.step, None)
     with digits_mlp.threads(2), digits_mlp.progress_bar() as progress:
         task = progress.add_task("", total=options.steps, completed=loop.step, loss=math.nan)

@@ -51,7 +51,7 @@ DEMOS = {
     "tricks": Demo("tricks", "digits, 8×8", 39),
     "edges": Demo("edges", "a photograph", 4),
     "augment": Demo("augment_sheet", "two photographs, digits", 5),
-    "lenet": Demo("lenet_digits", "digits, 8×8", 12),
+    "lenet": Demo("lenet_digits", "digits, 8×8", 9),
     "alexnet": Demo("alexnet", "two photographs", 40),
     "resnet": Demo("resnet_vs_plain", "digits, 8×8", 39),
     "transformer": Demo("transformer_translate", "number words", 40),

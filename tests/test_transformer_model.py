@@ -104,11 +104,14 @@ def test_attention_maps_are_torchs_weights(device: str) -> None:
     assert not any(attention._forward_hooks for attention in model.modules())
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_a_training_step_on_the_kernels(share: bool, device: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"share_output": True}, {"share_embeddings": True, "source_size": 9}],
+    ids=["apart", "output", "embeddings"],
+)
+def test_a_training_step_on_the_kernels(options: dict[str, Any], device: str) -> None:
     """The loss and all gradients no further from float64's than twice torch's in float32."""
-    options = {"source_size": 9} if share else {}
-    model = small(device, share_embeddings=share, **options).train()
+    model = small(device, **options).train()
     source, target = sentences(device)
     source = source.clamp(max=8)
     wanted = target.roll(-1, 1)
@@ -179,6 +182,10 @@ def test_how_it_starts() -> None:
     assert shared.target_embedding.weight is shared.source_embedding.weight
     assert shared.output.weight is shared.source_embedding.weight
     assert shared.output.weight.std().item() == pytest.approx(128**-0.5, rel=0.03)
+    tied = models.transformer_small(200, 300, share_output=True)
+    assert tied.output.weight is tied.target_embedding.weight
+    assert tied.source_embedding.weight.shape == (200, 128)
+    assert tied.output.weight.std().item() == pytest.approx(128**-0.5, rel=0.03)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

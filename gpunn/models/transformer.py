@@ -56,6 +56,9 @@ class TranslationTransformer(nn.Module):
         dropout: its probability, wherever there is one.
         share_embeddings: one matrix for source, target and output (section 3.4 of the paper),
             where the vocabularies are one.
+        share_output: one matrix for target and output, whatever the vocabulary of the source
+            (Press and Wolf, "Using the output embedding to improve language models", 2017,
+            https://arxiv.org/abs/1608.05859).
         max_length: the longest sentence.
         norm_first: normalise before each layer rather than, as in the paper, after it.
         padding_index, start_index, end_index: the tokens that are no words.
@@ -77,6 +80,7 @@ class TranslationTransformer(nn.Module):
         *,
         dropout: float = 0.1,
         share_embeddings: bool = False,
+        share_output: bool = False,
         max_length: int = 512,
         norm_first: bool = False,
         padding_index: int = 0,
@@ -117,7 +121,9 @@ class TranslationTransformer(nn.Module):
         self.output = nn.Linear(d_model, target_size, bias=False)
         torch.nn.init.xavier_uniform_(self.output.weight)
         if share_embeddings:
-            self.output.weight = self.target_embedding.weight = self.source_embedding.weight
+            self.target_embedding.weight = self.source_embedding.weight
+        if share_embeddings or share_output:
+            self.output.weight = self.target_embedding.weight
 
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The logits (N, T, target_size) of what follows each token of the target."""
