@@ -62,8 +62,7 @@ TILES_PACKED = (
     ConvolutionLaunch(8, 3, block_rows=64, block_cols=64, block_inner=64),
     ConvolutionLaunch(8, 3, block_rows=64, block_cols=32, block_inner=64),
 )
-# Channels that are no multiple of 16 are loaded in pieces, too, since Triton knows of no other
-# alignment. The larger tiles would spill, by up to 25 kB a thread.
+# So are channels without a UNIT (see ``unit_of``): larger tiles would spill up to 25 kB a thread.
 TILES_UNALIGNED = (
     ConvolutionLaunch(8, 3, block_rows=64, block_cols=64, block_inner=32),
     ConvolutionLaunch(8, 3, block_rows=64, block_cols=32, block_inner=32),
@@ -154,7 +153,9 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def tiles_for(y: torch.Tensor, n_channels: int, n_outputs: int) -> tuple[ConvolutionLaunch, ...]:
+def tiles_for(
+    y: torch.Tensor, n_channels: int, n_outputs: int, unit: int
+) -> tuple[ConvolutionLaunch, ...]:
     """The tile sizes among which a convolution is launched, of channels and outputs of a group.
 
     Where results are stored one by one, the three largest of 16 bits spill on one chip or another,
@@ -168,22 +169,44 @@ def tiles_for(y: torch.Tensor, n_channels: int, n_outputs: int) -> tuple[Convolu
         return tiles[1:] if y.stride(1) != 1 or (packed and not tf32) else tiles
     if packed:
         return TILES_PACKED
-    if n_channels % 16:
+    if n_channels % 16 and unit == 1:
         return TILES_UNALIGNED
-    if y.stride(1) != 1 or n_outputs % 16:
+    if y.stride(1) != 1 or (n_outputs % 16 and unit == 1):
         return TILES_16_BIT[3:]
     most_rows = 256 if device_of(y).capability < 100 else 128
     return tuple(tile for tile in TILES_16_BIT if tile.block_rows <= most_rows)
 
 
+def unit_of(n_channels: int, n_outputs: int, *images: torch.Tensor) -> int:
+    """The kernels' UNIT: elements of 16 bytes, if all that places differ by are multiples, else 1.
+
+    And 1 for multiples of 16 elements, which Triton recognises, and without tensor cores, where
+    what is loaded together would spill. A dimension of one place has a stride that counts for
+    nothing.
+    """
+    dtype = images[0].dtype
+    by_cores = dtype.itemsize == 2 or precision_of(dtype) == "tf32"
+    if not by_cores or n_channels < FEWEST_CHANNELS or n_channels % 16 == n_outputs % 16 == 0:
+        return 1
+    strides = [
+        image.stride(dimension)
+        for image in images
+        for dimension in (0, 2, 3)
+        if image.shape[dimension] > 1
+    ]
+    unit = 16 // dtype.itemsize
+    return 1 if any(n % unit for n in (n_channels, n_outputs, *strides)) else unit
+
+
 def choose_launch(
-    y: torch.Tensor, n_places: int, n_channels: int, n_outputs: int, groups: int
+    y: torch.Tensor, n_places: int, n_channels: int, n_outputs: int, groups: int, unit: int
 ) -> ConvolutionLaunch:
     """The largest tile that outputs fill to more than half, and that fills the chip.
 
     Else the smallest.
     """
-    tiles, n_multiprocessors = tiles_for(y, n_channels, n_outputs), device_of(y).n_multiprocessors
+    tiles = tiles_for(y, n_channels, n_outputs, unit)
+    n_multiprocessors = device_of(y).n_multiprocessors
     for launch in tiles:
         n_tiles = cdiv(n_places, launch.block_rows) * cdiv(n_outputs, launch.block_cols) * groups
         if n_tiles >= n_multiprocessors and launch.block_cols < 2 * n_outputs:
@@ -242,19 +265,21 @@ def convolve(
         kernel, constants = grouped_convolution_kernel, outputs.constants()
         run(name, kernel, (n_tiles,), *arguments, launch=GROUPED, **constants)
         return
-    launch = choose_launch(outputs.y, n_places, n_channels, n_outputs, groups)
+    unit = unit_of(n_channels, n_outputs, x, outputs.y)
+    launch = choose_launch(outputs.y, n_places, n_channels, n_outputs, groups, unit)
     n_tiles = cdiv(n_places, launch.block_rows) * cdiv(n_outputs, launch.block_cols) * groups
     n_programs = min(n_tiles, device_of(x).n_multiprocessors)
     run(
         name, convolution_kernel, (n_programs,), *arguments,
-        launch=launch, PRECISION=precision_of(x.dtype), PACKED=packed, **outputs.constants(),
+        launch=launch, PRECISION=precision_of(x.dtype), PACKED=packed, UNIT=unit,
+        **outputs.constants(),
     )  # fmt: skip
 
 
-def weight_launch(dz: torch.Tensor, n_channels: int, n_outputs: int) -> WeightLaunch:
+def weight_launch(dz: torch.Tensor, n_channels: int, n_outputs: int, unit: int) -> WeightLaunch:
     """The tiles of a weight's gradient, of the channels and outputs of one group."""
     packed = n_channels < FEWEST_CHANNELS
-    unaligned = not packed and (n_channels % 16 or n_outputs % 16)
+    unaligned = not packed and unit == 1 and (n_channels % 16 or n_outputs % 16)
     if dz.element_size() > 2:
         return WEIGHT_32_UNALIGNED if unaligned else WEIGHT_32_BIT
     if packed:
@@ -276,8 +301,9 @@ def partial_weights(
     small = are_small(groups, n_channels, n_outputs // groups)
     packed = n_channels < FEWEST_CHANNELS
     launch: GroupedLaunch | WeightLaunch = GROUPED
+    unit = unit_of(n_channels, n_outputs // groups, dz, x)
     if not small:
-        launch = weight_launch(dz, n_channels, n_outputs // groups)
+        launch = weight_launch(dz, n_channels, n_outputs // groups, unit)
     if isinstance(launch, GroupedLaunch):
         n_tiles = cdiv(n_outputs, launch.block_cols) * n_taps * n_channels
         steps, constants = cdiv(n_places, launch.block_rows), {}
@@ -287,7 +313,7 @@ def partial_weights(
             across = cdiv(n_taps * n_channels, launch.block_cols)
         n_tiles = cdiv(n_outputs // groups, launch.block_rows) * across * groups
         steps = cdiv(n_places, launch.block_inner)
-        constants = {"PRECISION": precision_of(dz.dtype), "PACKED": packed}
+        constants = {"PRECISION": precision_of(dz.dtype), "PACKED": packed, "UNIT": unit}
     programs = device_of(x).n_multiprocessors * (1 if launch is WEIGHT_WIDE else PROGRAMS)
     wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
     size_of_part = wide.itemsize * n_outputs * n_taps * n_channels

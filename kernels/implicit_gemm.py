@@ -4,7 +4,8 @@ One kernel serves the forward pass and the gradient of the input. Output (p, q) 
 for its tap (i, j), the input at p · stride + origin + i · spacing, likewise in the other dimension,
 and the weight at first + i · step. A forward convolution is one such grid; the gradient of the
 input of a strided one is a grid for each phase of the stride, whose spacing is negative. Groups are
-further tiles. Tensors have any strides; 16 bytes are loaded together where channels are contiguous.
+further tiles. Tensors have any strides; 16 bytes are loaded together where channels are contiguous
+and their numbers are multiples of UNIT elements, which are so many bytes.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def tap_position(step, n_channels, taps_w, PACKED: tl.constexpr, BLOCK_INNER: tl
         tap = step // steps_a_tap
         first = step % steps_a_tap * BLOCK_INNER
     return tap // taps_w, tap % taps_w, first, lane
+
+
+@triton.jit
+def multiple(number, UNIT: tl.constexpr):
+    """A multiple of UNIT as such: by itself, Triton finds out which numbers are multiples of 16."""
+    return number // UNIT * UNIT
 
 
 @triton.jit
@@ -87,14 +94,21 @@ def convolution_kernel(
     stride_weight_g, stride_weight_k, stride_weight_c, stride_weight_h, stride_weight_w,
     stride_y_n, stride_y_c, stride_y_h, stride_y_w,
     PRECISION: tl.constexpr, PACKED: tl.constexpr, ACTIVATION: tl.constexpr, P0: tl.constexpr,
-    P1: tl.constexpr, SAVES_OUTPUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    P1: tl.constexpr, SAVES_OUTPUT: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
     """y = f(Σ over taps and channels of x weight + bias) + residual, on a grid of outputs.
 
     A tile is BLOCK_ROWS places of the grid, in all images, by BLOCK_COLS outputs of a group; of n
-    programs, each owns every n-th tile. n_channels and n_outputs are those of one group.
+    programs, each owns every n-th tile. n_channels and n_outputs are those of one group; they and
+    the strides between channels' neighbours are multiples of UNIT.
     """
+    n_channels, n_outputs = multiple(n_channels, UNIT), multiple(n_outputs, UNIT)
+    stride_x_n, stride_x_h = multiple(stride_x_n, UNIT), multiple(stride_x_h, UNIT)
+    stride_x_w, stride_weight_g = multiple(stride_x_w, UNIT), multiple(stride_weight_g, UNIT)
+    stride_weight_k, stride_y_n = multiple(stride_weight_k, UNIT), multiple(stride_y_n, UNIT)
+    stride_weight_h, stride_y_h = multiple(stride_weight_h, UNIT), multiple(stride_y_h, UNIT)
+    stride_weight_w, stride_y_w = multiple(stride_weight_w, UNIT), multiple(stride_y_w, UNIT)
     n_places = n_images * grid_h * grid_w
     tiles_down, tiles_across = tl.cdiv(n_places, BLOCK_ROWS), tl.cdiv(n_outputs, BLOCK_COLS)
     n_tiles, n_taps = tiles_down * tiles_across, taps_h * taps_w
@@ -158,14 +172,18 @@ def convolution_weight_kernel(
     stride_h, stride_w, origin_h, origin_w, spacing_h, spacing_w,
     stride_dz_n, stride_dz_c, stride_dz_h, stride_dz_w,
     stride_x_n, stride_x_c, stride_x_h, stride_x_w,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr, N_PARTS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the weight, in N_PARTS partial sums (n_groups n_outputs, taps, n_channels).
 
     A program owns BLOCK_ROWS outputs by BLOCK_COLS channels of a tap (PACKED: of all taps), for
-    one part of the places (image, p, q), which it goes through in order.
+    one part of the places (image, p, q), which it goes through in order. UNIT: as above.
     """
+    n_channels, n_outputs = multiple(n_channels, UNIT), multiple(n_outputs, UNIT)
+    stride_dz_n, stride_x_n = multiple(stride_dz_n, UNIT), multiple(stride_x_n, UNIT)
+    stride_dz_h, stride_x_h = multiple(stride_dz_h, UNIT), multiple(stride_x_h, UNIT)
+    stride_dz_w, stride_x_w = multiple(stride_dz_w, UNIT), multiple(stride_x_w, UNIT)
     n_places = n_images * grid_h * grid_w
     n_cols = taps_h * taps_w * n_channels
     tiles_down = tl.cdiv(n_outputs, BLOCK_ROWS)

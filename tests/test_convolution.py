@@ -15,7 +15,7 @@ import gpunn.nn
 from closeness import assert_accurate
 from gpunn.checks.comparison import any_algorithm
 from gpunn.checks.convolution import CASES, Case, calls, exact, inputs_of
-from gpunn.kernels.convolve import transposed_taps
+from gpunn.kernels.convolve import transposed_taps, unit_of
 from kit import as_numpy, check_gradients, each_dtype, launched, layouts
 
 each_case = pytest.mark.parametrize("name", CASES)
@@ -106,6 +106,46 @@ def test_phases_are_all_of_the_gradient(
         if (out + padding - r * dilation) % stride == 0
     ]
     assert sorted(found) == sorted(expected)
+
+
+def images(n: int, c: int, h: int, w: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(n, c, h, w, dtype=dtype, memory_format=torch.channels_last)
+
+
+# What channels, and the places of images, are multiples of; 16 is left to Triton.
+UNITS = {
+    "eighths": (8, images(2, 24, 5, 4), images(2, 40, 3, 4)),
+    "eighths and sixteenths": (8, images(2, 24, 5, 4), images(2, 32, 3, 4)),
+    "sixteenths": (1, images(2, 16, 5, 4), images(2, 32, 3, 4)),
+    "odd outputs": (1, images(2, 24, 5, 4), images(2, 20, 3, 4)),
+    "few channels": (1, images(2, 8, 5, 4), images(2, 24, 3, 4)),
+    "channels apart": (1, images(2, 24, 5, 4), images(2, 40, 3, 8).contiguous()),
+    "between others": (1, images(2, 25, 5, 4)[:, :24], images(2, 40, 3, 4)),
+    "one row": (
+        8,
+        images(2, 24, 1, 4).as_strided((2, 24, 1, 4), (96, 1, 3, 24)),
+        images(2, 40, 1, 4),
+    ),
+    "float64": (1, images(2, 24, 5, 4, torch.float64), images(2, 40, 3, 4, torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_what_is_loaded_together(name: str) -> None:
+    unit, x, y = UNITS[name]
+    assert unit_of(x.shape[1], y.shape[1], x, y) == unit
+
+
+def test_floats_are_loaded_together_for_tensor_cores() -> None:
+    x, y = (images(2, c, 5, 4, torch.float32) for c in (20, 36))
+    setting: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    try:
+        for precision, unit in (("tf32", 4), ("ieee", 1)):
+            setting.fp32_precision = precision
+            assert unit_of(20, 36, x, y) == unit
+    finally:
+        setting.fp32_precision = before
 
 
 def test_only_the_gradients_that_are_wanted_are_computed(device: str) -> None:

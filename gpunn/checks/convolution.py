@@ -84,6 +84,9 @@ CASES: dict[str, Case] = {
     "conv2d, strided, dilated": Case(
         "conv2d", (1, 18, 9, 8), (5, 18, 3, 2), (2, 3), (2, 1), (2, 3), activation="relu"
     ),
+    "conv2d, multiples of eight": Case(
+        "conv2d", (2, 24, 5, 4), (40, 24, 3, 2), activation="relu", channels_last=True
+    ),
     "conv2d, three channels": Case("conv2d", (2, 3, 8, 8), (6, 3, 5, 5), (2, 2), (2, 2)),
     "conv2d, 1 × 1": Case(
         "conv2d", (2, 16, 4, 4), (8, 16, 1, 1), activation="relu", channels_last=True
