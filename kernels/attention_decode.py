@@ -205,6 +205,7 @@ def attention_decode(
     y = _decode_fake(q, k, v, lengths, table, slopes, scale, softcap, before)
     if y.numel() == 0:
         return y
+    lengths, table = lengths.contiguous(), None if table is None else table.contiguous()
     (n_batches, n_heads, head), head_v, n_key_heads = q.shape, v.shape[-1], k.shape[1]
     page_size, group = k.shape[2], n_heads // n_key_heads
     most_keys = page_size * (1 if table is None else table.shape[1])

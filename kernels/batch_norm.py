@@ -221,15 +221,19 @@ def batch_norm_forward(
     )  # fmt: skip
     plan = plan_for(x, False)
     partial = batch_statistics("batch_norm_forward", x, plan) if training else None
+    running = _contiguous(running_mean), _contiguous(running_var)
     run(
         "batch_norm_forward", normalise_kernel, plan.whole.grid,
         x, None if residual is None else in_memory_order_of(residual, x),
         _contiguous(weight), _contiguous(bias), partial,
-        running_mean, running_var, y, bits if keep_bits else None, mean, invstd,
+        *running, y, bits if keep_bits else None, mean, invstd,
         *plan.whole.sizes, plan.sums.sizes[-1], plan.sums.n_parts, momentum, eps,
         launch=plan.whole.launch, N_CHUNKS=at_most(plan.sums.n_parts) if training else 1,
         CHANNELS_LAST=plan.channels_last, **constants(activation, parameters),
     )  # fmt: skip
+    for given, moved in zip((running_mean, running_var), running, strict=True):
+        if training and given is not None and moved is not None and moved is not given:
+            given.copy_(moved)
     return y, mean, invstd, bits
 
 

@@ -89,6 +89,18 @@ def test_every_sequence_by_itself(
         assert_accurate(mine, as_numpy(expected), torchs)
 
 
+def between_others(numbers: torch.Tensor) -> torch.Tensor:
+    """The same numbers, with others between them in memory."""
+    return torch.stack([numbers, numbers + 1], -1)[..., 0]
+
+
+def test_starts_between_other_numbers(device: str) -> None:
+    (query, key, value, _), (starts_q, starts_k, *longest) = packed(device, torch.float32)
+    apart = between_others(starts_q), between_others(starts_k)
+    expected = GF.attention_varlen(query, key, value, starts_q, starts_k, *longest)
+    assert torch.equal(GF.attention_varlen(query, key, value, *apart, *longest), expected)
+
+
 def test_rows_behind_the_last_sequence_give_zero(device: str) -> None:
     """And get gradients of zero, wherever those of the others go."""
     query, key, value = (torch.randn(9, 2, 4, device=device).requires_grad_() for _ in range(3))
@@ -254,6 +266,16 @@ def test_decoding(
     with gpunn.backend("torch"):
         by_torch = GF.attention_decode(query, *caches, lengths, block_table=table)
     torch.testing.assert_close(y, by_torch, rtol=2e-2, atol=2e-2)
+
+
+def test_lengths_and_pages_between_other_numbers(device: str) -> None:
+    (query, key, value), lengths = cache(device, torch.float32)
+    table = torch.randperm(15, device=device).view(3, -1)
+    pages = paged(key, 20, table), paged(value, 20, table)
+    expected = GF.attention_decode(query, *pages, lengths, block_table=table)
+    for given in (between_others(table), table.t().contiguous().t()):
+        got = GF.attention_decode(query, *pages, between_others(lengths), block_table=given)
+        assert torch.equal(got, expected)
 
 
 def test_decoding_with_every_option(device: str) -> None:

@@ -269,6 +269,20 @@ def test_running_statistics_after_ten_steps(device: str) -> None:
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+def test_numbers_of_channels_that_are_not_side_by_side(device: str) -> None:
+    """In training the running ones are written, and nothing between them."""
+    x = torch.randn(4, 3, 5, device=device)
+    table = torch.rand(4, 4, device=device) + 0.5
+    tables = [table.clone() for _ in range(2)]
+    for training in (True, False):
+        (a, b, c, d), (mean, var, weight, bias) = (table[:3].unbind(1) for table in tables)
+        expected = F.batch_norm(x, mean, var, weight, bias, training)
+        torch.testing.assert_close(GF.batch_norm(x, a, b, c, d, training), expected)
+    torch.testing.assert_close(*tables)
+    assert not torch.equal(tables[0][:3, :2], table[:3, :2])
+    assert torch.equal(tables[0][:, 2:], table[:, 2:])
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, 1000.3, -7e5])
 def test_without_variance_there_is_the_bias(value: float, device: str) -> None:
     """A channel of one value: what it is off its mean by rounding is no negative variance."""

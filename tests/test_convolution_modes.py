@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -289,6 +290,21 @@ def test_compiles_with_a_changing_batch_and_size(device: str) -> None:
         with gpunn.trace() as trace:
             agree(compiled(x), function(x), [x, weight, bias])
         assert "conv_weight_gradient" in {r.operator for r in trace.launches}
+
+
+def test_more_places_than_are_counted_are_torchs(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias, _ = operands(device)
+    module = importlib.import_module("gpunn.functional.convolution")
+    monkeypatch.setattr(module, "MOST_PLACES", 10)
+    with gpunn.trace() as trace, gpunn.backend("auto"):
+        y = GF.conv2d(x, weight, bias, activation="gelu")
+        GF.conv_transpose2d(x, weight.transpose(0, 1), activation="gelu")
+    torch.testing.assert_close(y, F.gelu(F.conv2d(x, weight, bias)))
+    assert not trace.launches
+    reason = f"no kernel for images of shape {tuple(x.shape)}"
+    assert [fallback.reason for fallback in trace.fallbacks] == [reason] * 2
 
 
 def test_checkpointing(device: str) -> None:

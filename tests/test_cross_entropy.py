@@ -248,6 +248,17 @@ def test_checkpointed(use_reentrant: bool, device: str) -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_probabilities_of_another_dtype(reduction: str, device: str) -> None:
+    """The loss is in the wider of both."""
+    x = torch.randn(4, 9, device=device)
+    probabilities = x.roll(1, 0).softmax(-1)
+    for logits, target in ((x.bfloat16(), probabilities), (x, probabilities.bfloat16())):
+        ours = GF.cross_entropy(logits, target, reduction=reduction)
+        theirs = F.cross_entropy(logits, target, reduction=reduction)
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
 @each_dtype
 def test_autocast(dtype: torch.dtype, device: str) -> None:
     x, target = torch.randn(4, 9, device=device).to(dtype), torch.arange(4, device=device)

@@ -225,6 +225,17 @@ def test_nan_and_infinity_stay_in_their_row(name: str, value: float, device: str
     assert y[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_epsilon_of_rms_norm_is_torchs(dtype: torch.dtype, device: str) -> None:
+    """Of rows so small that another one would show."""
+    scale = {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 1e-3)
+    x = (scale * torch.randn(4, 32, device=device)).to(dtype)
+    tolerance = 2 * torch.finfo(dtype).eps
+    ours, theirs = GF.rms_norm(x, (32,)), torch.nn.functional.rms_norm(x, (32,))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(ours, torch.nn.functional.rms_norm(x, (32,), eps=1e-20), rtol=0.01)
+
+
 @each_norm
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)])
 def test_no_rows(name: str, shape: tuple[int, ...], device: str) -> None:

@@ -70,7 +70,7 @@ def attention_decode(
         )
     launch: Any = launch_decode
     y: torch.Tensor = launch(
-        query, key_cache, value_cache, cache_lengths.contiguous(), block_table, alibi_slopes,
+        query, key_cache, value_cache, cache_lengths, block_table, alibi_slopes,
         rules.scale, rules.softcap, rules.before,
     )  # fmt: skip
     return y

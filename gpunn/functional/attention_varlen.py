@@ -72,10 +72,8 @@ def attention_varlen(
         check_slopes(alibi_slopes, leading, query.device)
         alibi_slopes = slopes_of(alibi_slopes, leading, query.dtype)
     packed = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
-    given = Given(
-        packed[0], packed[1], packed[2], None, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
-        max_q, max_k,
-    )  # fmt: skip
+    starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    given = Given(packed[0], packed[1], packed[2], None, alibi_slopes, None, *starts, max_q, max_k)
     y, lse = attend(given, rules, takes("attention_varlen", query, key, value, alibi_slopes))
     y = y[0].transpose(0, 1)
     return (y, lse()[0]) if return_lse else y

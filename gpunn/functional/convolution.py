@@ -6,6 +6,7 @@ images of one row. Results lie in memory as torch's do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,9 @@ from gpunn.kernels.convolution import (
 )
 from gpunn.kernels.launch import chosen_backend, decline, record_fallback, takes
 from gpunn.kernels.linear import linear_epilogue_backward, saves
+
+MOST_PLACES = 2**31 - 2**10
+"""Which kernels count in 32 bits, to the end of the last tile."""
 
 
 class Fused(NamedTuple):
@@ -223,6 +227,13 @@ def _by_kernels(
     return as_given(y, n, input.dim())
 
 
+def _has_too_many_places(n: int, input: torch.Tensor, geometry: Geometry) -> bool:
+    """Whether input or result may have more places than 32 bits count: not exact, but safe."""
+    n_images = input.shape[0] if input.dim() == n + 2 else 1
+    padded = (size + sum(geometry.padding) for size in input.shape[-n:])
+    return n_images * max(math.prod(padded), math.prod(geometry.output_size or ())) > MOST_PLACES
+
+
 def _convolve(
     name: str,
     n: int,
@@ -243,6 +254,9 @@ def _convolve(
         return _by_torch(name, (input, weight, bias, residual), arguments, fused)
     geometry = geometry_of(name, n, input, weight, *arguments)
     check_operands(n, input, weight, bias, residual, geometry)
+    if _has_too_many_places(n, input, geometry):
+        decline(name, f"no kernel for images of shape {tuple(input.shape)}")
+        return _by_torch(name, (input, weight, bias, residual), arguments, fused)
     if residual is not None and residual.dtype != input.dtype:  # as after a layer in float32
         record_fallback(name, f"a residual in {residual.dtype}: PyTorch's sum")
         bare = input, weight, bias, None

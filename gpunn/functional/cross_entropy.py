@@ -201,9 +201,15 @@ def _taken(
     return reason is None
 
 
-def in_dtype_of(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The loss in the dtype that torch's has: the logits', but under autocast a wide one."""
-    return loss if autocast_is_on(logits) else loss.to(logits.dtype)
+def in_dtype_of(loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The loss in the dtype that torch's has: the logits', but under autocast a wide one.
+
+    Where the target is probabilities of a wider dtype: theirs.
+    """
+    dtype = logits.dtype
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+    return loss if autocast_is_on(logits) else loss.to(dtype)
 
 
 def cross_entropy(
@@ -250,4 +256,4 @@ def cross_entropy(
     rows = (input[None], target[None]) if single else (input, target)
     loss = _value(*rows, weight, ignore_index, label_smoothing, reduction)
     loss = loss[0] if single and reduction == "none" else loss
-    return in_dtype_of(loss, input)
+    return in_dtype_of(loss, input, target)

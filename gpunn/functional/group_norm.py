@@ -24,7 +24,7 @@ from gpunn.functional.dispatch import (
 from gpunn.kernels.group_norm import group_norm_backward, group_norm_forward
 from gpunn.kernels.launch import decline, takes
 
-MOST_POSITIONS = 2**31 - 2**16
+MOST_POSITIONS = 2**31 - 2**18
 
 
 class Options(NamedTuple):

@@ -258,14 +258,16 @@ def rms_norm(
 ) -> Any:
     """y = s / sqrt(mean(s²) + eps) weight, with s = dropout(input) + residual.
 
-    ``eps`` None is the smallest step at 1 of input's dtype. Otherwise as ``layer_norm``.
+    ``eps`` None is the smallest step at 1 of the dtype that sums have: float32, or input's if it is
+    wider. Otherwise as ``layer_norm``.
 
     Source: B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", 2019,
     https://arxiv.org/abs/1910.07467.
     """
     if eps is None:
         given: Any = input
-        eps = torch.finfo(input.dtype).eps if isinstance(given, torch.Tensor) else 1e-5
+        wide = input.dtype == torch.float64 if isinstance(given, torch.Tensor) else False
+        eps = torch.finfo(torch.float64 if wide else torch.float32).eps
     options = Options(dropout_p, eps, False)
     return _normalise(
         "rms_norm", input, normalized_shape, weight, None, residual, options, return_sum

@@ -84,12 +84,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, _, seed, saved = ctx.saved_tensors
+        x, weight, bias, seed, saved = ctx.saved_tensors
         name, parameters, dropout_p = ctx.name, ctx.parameters, ctx.dropout_p
         needed = ctx.needs_input_grad[:3]
         dresidual = dy if ctx.needs_input_grad[3] else None
         if torch.is_grad_enabled():
-            return (*_differentiable(ctx, dy, needed), dresidual, None, None, None)
+            operands = x, weight, bias, seed
+            return (*_differentiable(ctx, operands, dy, needed), dresidual, None, None, None)
         changes = saved is not None or seed is not None or dy.dtype != weight.dtype
         needs_dz = changes and (needed[0] or needed[1])
         dz, dbias = dy, None
@@ -105,10 +106,13 @@ class _Linear(torch.autograd.Function):
 
 
 def _differentiable(
-    ctx: Any, dy: torch.Tensor, needed: tuple[bool, ...]
+    ctx: Any, operands: tuple[Any, ...], dy: torch.Tensor, needed: tuple[bool, ...]
 ) -> list[torch.Tensor | None]:
-    """The gradients of x, weight and bias by differentiable torch operations."""
-    x, weight, bias, seed, _ = ctx.saved_tensors
+    """The gradients of x, weight and bias by differentiable torch operations.
+
+    The operands are given, as checkpointing refuses to let what was saved be read a second time.
+    """
+    x, weight, bias, seed = operands
     if x is None:  # linear in x, and the weight wants no gradient: its value does not matter
         x = weight.new_zeros((*dy.shape[:-1], weight.shape[1])).requires_grad_()
     factors = None

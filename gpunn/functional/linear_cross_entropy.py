@@ -52,7 +52,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor, *of_weights: Any) -> tuple[Any, ...]:
-        x, linear_weight, linear_bias, target, weight, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: checkpointing refuses a second time
+        x, linear_weight, linear_bias, target, weight, *_ = saved
         needs = list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled():
             ignore_index, smoothing, _ = ctx.options
@@ -63,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 [x, linear_weight, linear_bias], needs, dloss,
             )  # fmt: skip
         else:
-            rest: Any = *ctx.saved_tensors, *ctx.options, needs
+            rest: Any = *saved, *ctx.options, needs
             found = linear_cross_entropy_backward(dloss, *rest)
             gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
         return *gradients, None, None, *[None] * len(ctx.options)
@@ -165,7 +166,7 @@ def _value(
     else:
         found = linear_cross_entropy_forward(*given, *options)
     loss = reduced(found[0], found[1], target, reduction)
-    return in_dtype_of(loss[0] if single and reduction == "none" else loss, x)
+    return in_dtype_of(loss[0] if single and reduction == "none" else loss, x, target)
 
 
 def linear_cross_entropy(
