@@ -43,6 +43,43 @@ def test_cached_decoding_is_the_uncached(choice: Backend, norm_first: bool, devi
         launched(trace, "attention_forward", "attention_decode", "embedding_forward")
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_what_is_the_users_own_in_a_layer_is_not_passed_by(norm_first: bool, device: str) -> None:
+    """A hook, and another class of layer."""
+
+    class Louder(torch.nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 3 * super().forward(input)
+
+    model, (source, target) = small(device, norm_first=norm_first), sentences(device)
+    layers: Any = model.transformer.decoder.layers
+    with torch.no_grad(), gpunn.backend("torch"):
+        before = model(source, target)[:, -1]
+        layers[0].linear1.register_forward_hook(lambda module, args, output: output + 5)
+        layers[1].norm3.register_forward_hook(lambda module, args, output: 2 * output)
+        layers[1].linear2.__class__ = Louder
+        expected = model(source, target)[:, -1]
+        assert not torch.allclose(before, expected, rtol=1e-2, atol=1e-2)
+        got = model.next_logits(target, model.read(source))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "multihead_attn", "multihead_attn.out_proj", ""])
+def test_a_cache_refuses_hooks_that_it_would_pass_by(part: str, device: str) -> None:
+    model, (source, _) = small(device), sentences(device)
+    layers: Any = model.transformer.decoder.layers
+    layers[0].get_submodule(part).register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(RuntimeError, match="cache of keys and values .* without hooks"):
+        model.translate(source)
+
+
+def test_no_sentences(device: str) -> None:
+    model, nothing = small(device), words(11, 0, 4).to(device)
+    assert model.translate(nothing, 5).shape == (0, 1)
+    tokens, scores = model.beam_search(nothing, 5)
+    assert (tokens.shape, scores.shape) == ((0, 1), (0,))
+
+
 def test_padding_changes_nothing(device: str) -> None:
     """Logits, translations and beams of a short sentence, alone or padded beside a longer one."""
     model, (source, target) = small(device), sentences(device)

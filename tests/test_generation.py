@@ -134,6 +134,17 @@ def test_what_a_token_is_drawn_with(
         assert allowed.gather(1, token[:, None]).all()
 
 
+def test_a_temperature_near_zero(device: str) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, -math.inf]], device=device)
+    p = next_probabilities(logits, temperature=1e-42)
+    assert p.tolist() == [[0, 1, 0, 0]]
+
+
+def test_no_prompts(device: str) -> None:
+    model = small_gpt(device)
+    assert model.generate(tokens_for(model, 0, 3), 4).shape == (0, 7)
+
+
 def test_equal_logits_are_cut_to_the_number_asked_for(device: str) -> None:
     """The first of them stay, as argmax takes the first."""
     p = next_probabilities(torch.zeros(1, 4, device=device), top_k=2)

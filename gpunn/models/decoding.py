@@ -123,8 +123,9 @@ def beam_search(
     longest = length_norm(torch.tensor(cache.max_length, device=device), length_penalty)
     first_row = torch.arange(n_sequences, device=device)[:, None] * n_beams
     for _ in range(cache.max_length):
-        more = _log_probabilities(step, last.flatten(), cache, special).view(*shape, -1)
+        more = _log_probabilities(step, last.flatten(), cache, special)
         n_tokens = more.shape[-1]
+        more = more.view(*shape, n_tokens)
         stays = torch.full((n_tokens,), -math.inf, device=device)
         stays[special.padding] = 0.0
         total = (logs[..., None] + torch.where(ended[..., None], stays, more)).flatten(1)

@@ -44,7 +44,7 @@ class KeyValueCache:
             raise ValueError(f"tokens: expected one beside {self.length} in the cache, got {n_new}")
         if self.length:
             self.lengths += 1  # in place, so that a CUDA graph that is replayed moves on
-            self.positions = self.lengths[:1] - 1
+            self.positions = self.lengths[:1] - 1 if n_sequences else self.positions[-1:] + 1
         else:
             self.lengths = tokens.new_full((n_sequences,), n_new)
             self.positions = torch.arange(n_new, device=tokens.device)
@@ -101,7 +101,9 @@ def next_probabilities(
         return torch.zeros_like(logits, dtype=torch.float32).scatter(
             -1, logits.argmax(-1, keepdim=True), 1.0
         )
-    p = GF.softmax(logits.float() / temperature, -1)
+    logits = logits.float()
+    # No largest one to divide: by however small a temperature, it stays finite.
+    p = GF.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
     if top_k is None and top_p is None:
         return p
     ordered, order = p.sort(dim=-1, descending=True, stable=True)

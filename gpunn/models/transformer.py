@@ -17,6 +17,7 @@ import gpunn.functional as GF
 from gpunn import nn
 from gpunn.models.decoding import DecoderCache, Special, beam_search, greedy
 from gpunn.models.generation import evaluating
+from gpunn.nn.transformer_layer import HOOKS
 
 
 class AttentionMaps(NamedTuple):
@@ -64,9 +65,9 @@ class TranslationTransformer(nn.Module):
         padding_index, start_index, end_index: the tokens that are no words.
 
     Raises:
-        ValueError: heads that do not divide the width, an odd width, a dropout outside of [0, 1],
-            embeddings to share of vocabularies of two sizes; in forward, tokens of another shape
-            or longer than ``max_length``.
+        ValueError: heads that do not divide the width, a dropout outside of [0, 1], embeddings
+            to share of vocabularies of two sizes; in forward, tokens of another shape or longer
+            than ``max_length``.
     """
 
     def __init__(
@@ -150,11 +151,17 @@ class TranslationTransformer(nn.Module):
         """Encode source tokens (N, S): the cache of a decoder for ``max_length`` tokens.
 
         None: for as many as the model takes.
+
+        Raises:
+            RuntimeError: attention in the decoder has hooks, or a forward that is not gpunn's: what
+                reads a cache would pass it by.
+            ValueError: source tokens of another shape, or lengths over the model's.
         """
         self._check(source, "source")
         max_length = self.max_length if max_length is None else max_length
         if not 1 <= max_length <= self.max_length:
             raise ValueError(f"max_length: expected 1 to {self.max_length}, got {max_length}")
+        _check_cacheable(self.transformer.decoder)
         padding = source == self.special.padding
         encoder: Any = self.transformer.encoder
         memory = encoder(self.source_embedding(source), src_key_padding_mask=padding)
@@ -168,8 +175,8 @@ class TranslationTransformer(nn.Module):
     def next_logits(self, tokens: torch.Tensor, cache: DecoderCache) -> torch.Tensor:
         """The logits (N, target_size) of what follows ``tokens``, which the cache then holds.
 
-        For translation: without dropout in the decoder's layers. ``tokens`` (N, L) are of any
-        length for a new cache, one each later.
+        ``tokens`` (N, L) are of any length for a new cache, one each later. Attention to what is in
+        the cache has no dropout.
 
         Raises:
             ValueError: more tokens than there is room for, or several beside what is in the cache.
@@ -283,29 +290,36 @@ def _projected(attention: Any, x: torch.Tensor, first: int, last: int) -> torch.
 def _decoded(layer: Any, i: int, x: torch.Tensor, cache: DecoderCache) -> torch.Tensor:
     """New tokens, (N, L, d_model), after decoder layer i."""
 
+    def joined(attention: Any, heads: torch.Tensor) -> torch.Tensor:
+        last = attention.out_proj
+        y: torch.Tensor = GF.linear(heads.transpose(1, 2).flatten(2), last.weight, last.bias)
+        return y
+
     def own(x: torch.Tensor) -> torch.Tensor:
         query, key, value = _projected(layer.self_attn, x, 0, 3)
-        y = cache.attend(i, query, key, value)
-        return y.transpose(1, 2).flatten(2)
+        return joined(layer.self_attn, cache.attend(i, query, key, value))
 
     def cross(x: torch.Tensor) -> torch.Tensor:
         query = _projected(layer.multihead_attn, x, 0, 1)[0]
-        return cache.attend_to_source(i, query).transpose(1, 2).flatten(2)
+        return joined(layer.multihead_attn, cache.attend_to_source(i, query))
 
-    def hidden(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = GF.linear(x, layer.linear1.weight, layer.linear1.bias, activation="relu")
-        return y
+    y: torch.Tensor = layer.around(x, own, cross)
+    return y
 
-    for part, last, norm in (
-        (own, layer.self_attn.out_proj, layer.norm1),
-        (cross, layer.multihead_attn.out_proj, layer.norm2),
-        (hidden, layer.linear2, layer.norm3),
-    ):
-        if layer.norm_first:
-            x = GF.linear(part(norm(x)), last.weight, last.bias, residual=x)
-        else:
-            x = norm(GF.linear(part(x), last.weight, last.bias), residual=x)
-    return x
+
+def _check_cacheable(decoder: Any) -> None:
+    """Refuse what decoding from a cache would pass by: another forward, or a hook on it."""
+    passed_by: list[tuple[Any, type[torch.nn.Module]]] = [(decoder, nn.TransformerDecoder)]
+    for layer in decoder.layers:
+        passed_by.append((layer, nn.TransformerDecoderLayer))
+        for attention in (layer.self_attn, layer.multihead_attn):
+            passed_by += [(attention, nn.MultiheadAttention), (attention.out_proj, torch.nn.Linear)]
+    for module, expected in passed_by:
+        if type(module).forward is not expected.forward or any(map(vars(module).get, HOOKS)):
+            raise RuntimeError(
+                f"decoder: a cache of keys and values expects gpunn.nn's {expected.__name__} "
+                f"without hooks, got {type(module).__name__}"
+            )
 
 
 def noam_rate(step: int, d_model: int, warm_up: int = 4000, factor: float = 1.0) -> float:

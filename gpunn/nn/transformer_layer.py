@@ -19,24 +19,26 @@ from gpunn.nn.linear import Linear
 from gpunn.nn.multihead_attention import MultiheadAttention, is_nested_elsewhere
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
+Attention = Callable[[torch.Tensor], torch.Tensor]
 OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Dropout: Dropout,
     torch.nn.LayerNorm: LayerNorm,
     torch.nn.Linear: Linear,
     torch.nn.MultiheadAttention: MultiheadAttention,
 }
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward"
+)  # fmt: skip
+"""A layer's own forward, and what listens to it."""
 # What can be computed past its forward, by its part in a layer. What has one of CHANGES is called:
-# its own forward, or what listens to it, must not be passed by.
+# it must not be passed by.
 FUSIBLE: dict[str, tuple[type[torch.nn.Module], ...]] = {
     "activation": (GELU, ReLU, torch.nn.GELU, torch.nn.ReLU),
     "dropout": (Dropout,),
     "linear": (Linear,),
     "norm": (LayerNorm,),
 }
-CHANGES = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward",
-    "activation", "dropout_p", "return_sum",
-)  # fmt: skip
+CHANGES = *HOOKS, "activation", "dropout_p", "return_sum"
 
 
 def adopt(layer: torch.nn.Module) -> None:
@@ -231,17 +233,25 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
         own = None, tgt_mask, tgt_key_padding_mask, tgt_is_causal
         others = memory, memory_mask, memory_key_padding_mask, memory_is_causal
-        x = rows_of(tgt)
+        y = self.around(
+            rows_of(tgt),
+            lambda x: attended(self.self_attn, x, *own),
+            lambda x: attended(self.multihead_attn, x, *others),
+        )
+        return with_rows(y, tgt)
+
+    def around(self, x: torch.Tensor, own: Attention, cross: Attention) -> torch.Tensor:
+        """The layer's output, whatever computes the attention of x to itself and to the memory.
+
+        ``forward`` gives it those of a whole target; decoding, those that read a cache.
+        """
         if self.norm_first:
             h, x = _normalised(x, self.norm1)
-            h = attended(self.self_attn, h, *own)
-            h, x = _normalised_sum(h, x, self.dropout1, self.norm2, return_sum=True)
-            h = attended(self.multihead_attn, h, *others)
-            h, x = _normalised_sum(h, x, self.dropout2, self.norm3, return_sum=True)
-            return with_rows(_added(_hidden(self, h), x, self.linear2, self.dropout3), tgt)
-        h = attended(self.self_attn, x, *own)
-        x = _normalised_sum(h, x, self.dropout1, self.norm1)
-        h = attended(self.multihead_attn, x, *others)
-        x = _normalised_sum(h, x, self.dropout2, self.norm2)
+            h, x = _normalised_sum(own(h), x, self.dropout1, self.norm2, return_sum=True)
+            h, x = _normalised_sum(cross(h), x, self.dropout2, self.norm3, return_sum=True)
+            return _added(_hidden(self, h), x, self.linear2, self.dropout3)
+        x = _normalised_sum(own(x), x, self.dropout1, self.norm1)
+        x = _normalised_sum(cross(x), x, self.dropout2, self.norm2)
         h = self.linear2(_hidden(self, x))
-        return with_rows(_normalised_sum(h, x, self.dropout3, self.norm3), tgt)
+        y: torch.Tensor = _normalised_sum(h, x, self.dropout3, self.norm3)
+        return y
