@@ -69,7 +69,7 @@ def test_a_cache_refuses_hooks_that_it_would_pass_by(part: str, device: str) -> 
     model, (source, _) = small(device), sentences(device)
     layers: Any = model.transformer.decoder.layers
     layers[0].get_submodule(part).register_forward_hook(lambda module, args, output: None)
-    with pytest.raises(RuntimeError, match="cache of keys and values .* without hooks"):
+    with pytest.raises(RuntimeError, match=r"cache of keys and values .* without hooks"):
         model.translate(source)
 
 

@@ -115,6 +115,10 @@ def test_positional_encoding(device: str) -> None:
     assert (layer(x) == 0).any()
     torch.testing.assert_close(layer.eval()(x), x + exact)
     assert repr(layer) == "PositionalEncoding(6, dropout_p=0.5, max_len=9)"
+    with torch.device("meta"):
+        empty = gpunn.nn.PositionalEncoding(6, max_len=9, base=100.0)
+    filled = empty.to_empty(device=device).table
+    assert torch.equal(filled, GF.sinusoidal_encoding(9, 6, base=100.0, device=device))
     for wrong in (torch.ones(2, 10, 6, device=device), torch.ones(2, 4, 5, device=device)):
         with pytest.raises(RuntimeError, match="input"):
             layer(wrong)

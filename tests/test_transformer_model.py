@@ -188,6 +188,16 @@ def test_how_it_starts() -> None:
     assert tied.output.weight.std().item() == pytest.approx(128**-0.5, rel=0.03)
 
 
+def test_from_meta_tensors_positions_are_computed(device: str) -> None:
+    """As no checkpoint holds them."""
+    model, (source, target) = small(device), sentences(device)
+    with torch.device("meta"):
+        empty = small("meta")
+    empty.to_empty(device=device).load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(empty(source, target), model(source, target))
+
+
 def test_the_learning_rate_rises_and_falls() -> None:
     """By hand: a quarter of the warm-up gives a quarter of its end's rate; four times it, half."""
     peak = 512**-0.5 * 4000**-0.5

@@ -17,6 +17,7 @@ import gpunn.functional as GF
 from gpunn import nn
 from gpunn.models.decoding import DecoderCache, Special, beam_search, greedy
 from gpunn.models.generation import evaluating
+from gpunn.nn.embedding import fill_sinusoidal
 from gpunn.nn.transformer_layer import HOOKS
 
 
@@ -125,6 +126,15 @@ class TranslationTransformer(nn.Module):
             self.target_embedding.weight = self.source_embedding.weight
         if share_embeddings or share_output:
             self.output.weight = self.target_embedding.weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        embeddings: Any = self.source_embedding, self.target_embedding
+        were_meta = [layer.positional.is_meta for layer in embeddings]
+        super()._apply(fn, recurse)
+        for layer, was_meta in zip(embeddings, were_meta, strict=True):
+            if was_meta:
+                fill_sinusoidal(layer.positional)
+        return self
 
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The logits (N, T, target_size) of what follows each token of the target."""

@@ -114,6 +114,16 @@ class Embedding(torch.nn.Embedding):
         return ", ".join(part for part in parts if part not in plain)
 
 
+def fill_sinusoidal(table: torch.Tensor, base: float = 10000.0) -> None:
+    """Write sines and cosines into a table that was a meta tensor, if it no longer is one.
+
+    As it is not in the ``state_dict``, ``to_empty`` would leave anything in it.
+    """
+    if not table.is_meta:
+        made = GF.sinusoidal_encoding(*table.shape, base=base, device=table.device)
+        table.copy_(made)
+
+
 class PositionalEncoding(torch.nn.Module):
     """y = dropout(x + PE) for x (*, length, d_model), PE of sines and cosines.
 
@@ -148,7 +158,15 @@ class PositionalEncoding(torch.nn.Module):
             raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
         self.dropout_p = dropout_p
         table = GF.sinusoidal_encoding(max_len, d_model, base=base, device=device, dtype=dtype)
+        self.base = base
         self.register_buffer("table", table, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        was_meta = self.table.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:
+            fill_sinusoidal(self.table, self.base)
+        return self
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The layer's output; RuntimeError where input has more positions, or another width."""
