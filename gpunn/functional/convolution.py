@@ -230,8 +230,8 @@ def _by_kernels(
 def _has_too_many_places(n: int, input: torch.Tensor, geometry: Geometry) -> bool:
     """Whether input or result may have more places than 32 bits count: not exact, but safe."""
     n_images = input.shape[0] if input.dim() == n + 2 else 1
-    padded = (size + sum(geometry.padding) for size in input.shape[-n:])
-    return n_images * max(math.prod(padded), math.prod(geometry.output_size or ())) > MOST_PLACES
+    padded = [size + sum(geometry.padding) for size in input.shape[-n:]]
+    return n_images * max(math.prod(padded), math.prod(geometry.output_size or [])) > MOST_PLACES
 
 
 def _convolve(
