@@ -50,7 +50,7 @@ def attention_varlen(
             compared with what is on the device: a sequence's rows beyond them are not computed.
         dropout_p: the bits are those of ``dropout_mask`` for (heads, rows, max_k) probabilities.
         is_causal, scale, window, softcap, alignment: as ``scaled_dot_product_attention``'s.
-        alibi_slopes: (heads,) or (sequences, heads); of a gradient, as there.
+        alibi_slopes: (heads,) or (sequences, heads); a gradient, as there, is PyTorch's.
         return_lse: also log Σ_j exp(s_ij), (heads, rows), float32, without a gradient.
 
     Raises:
