@@ -13,7 +13,7 @@ import gpunn
 import gpunn.functional as GF
 import gpunn.nn
 from gpunn.checks.augment import ALL, GEOMETRY
-from gpunn.functional.augment_arguments import settings_of
+from gpunn.functional.augment_arguments import DTYPES, settings_of
 from gpunn.kernels.interpreter import INTERPRETING
 from kit import check_gradients, each_dtype, launched
 from test_augment import SEED, by_torch, pictures, value_and_gradient
@@ -246,6 +246,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"fill": 1, "padding_mode": "border"}, ValueError, "fill: 'border' leaves nothing to fill"),
     ({"padding_mode": "wrap"}, ValueError, "padding_mode: .*zeros, border, reflection, got 'wrap'"),
     ({"clamp": 1}, TypeError, "clamp: .*bool, got int"),
+    ({"size": 0}, ValueError, "size: .*at least 1, got 0"),
+    ({"size": (3, 0)}, ValueError, r"size: .*at least 1, got \(3, 0\)"),
+    ({"size": (1, 2, 3)}, TypeError, "size: .*an integer or two"),
+    ({"size": 2.0}, TypeError, "size: .*got 2.0"),
+    ({"size": "bad"}, TypeError, "size: .*got 'bad'"),
+    ({"layout": "CHW"}, ValueError, "layout: .*NCHW, NHWC, got 'CHW'"),
+    ({"dtype": torch.int64}, ValueError, "dtype: .*floating point.*got torch.int64"),
+    ({"dtype": "float32"}, ValueError, "dtype: .*floating point.*got float32"),
 ]
 CALL_REFUSED: list[tuple[torch.Tensor, dict[str, Any], type[Exception], str]] = [
     (torch.rand(2, 1, 4, 4), {"saturation": 1}, ValueError, "saturation: .*got 1 channels"),
@@ -253,10 +261,6 @@ CALL_REFUSED: list[tuple[torch.Tensor, dict[str, Any], type[Exception], str]] = 
     (torch.rand(2, 3, 0, 4), {}, ValueError, "images: .*none but the first 0"),
     (torch.rand(2, 0, 3, 4), {}, ValueError, "images: .*none but the first 0"),
     (torch.ones(2, 3, 4, 4).int(), {}, TypeError, "images: .*bytes or floating.*torch.int32"),
-    (torch.rand(2, 3, 4, 4), {"size": 0}, ValueError, "size: .*at least 1, got 0"),
-    (torch.rand(2, 3, 4, 4), {"size": (1, 2, 3)}, TypeError, "size: .*an integer or two"),
-    (torch.rand(2, 3, 4, 4), {"size": 2.0}, TypeError, "size: .*got 2.0"),
-    (torch.rand(2, 3, 4, 4), {"layout": "CHW"}, ValueError, "layout: .*NCHW, NHWC, got 'CHW'"),
     (torch.rand(2, 3, 4, 4), {"dtype": torch.uint8}, ValueError, "dtype: .*got torch.uint8"),
     (torch.rand(2, 3, 4, 4), {"seed": 1.5}, TypeError, "seed: .*got 1.5"),
     (torch.rand(2, 3, 4, 4), {"seed": 2**63}, ValueError, "seed: .*64 bits, got 92233720368547758"),
@@ -270,11 +274,14 @@ def test_bad_distortions_are_refused(
     asked: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     """By the function, and by the layer when it is made."""
+    images = torch.rand(2, 3, 4, 4)
+    state = torch.get_rng_state()
     with gpunn.trace() as trace, pytest.raises(error, match=message):
-        GF.augment(torch.rand(2, 3, 4, 4), **asked)
+        GF.augment(images, **asked)
     with pytest.raises(error, match=message):
         gpunn.nn.Augment(**asked)
     assert not trace.launches
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("i", range(len(CALL_REFUSED)))
@@ -286,6 +293,14 @@ def test_bad_calls_are_refused(i: int) -> None:
             GF.augment(images, **asked)
         assert not trace.launches
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
+def test_the_layer_takes_what_some_pictures_allow(dtype: torch.dtype | None) -> None:
+    x = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    for size, expected in ((None, (4, 4)), (3, (3, 3)), ([2, 5], (2, 5))):
+        y = gpunn.nn.Augment(size=size, dtype=dtype)(x)
+        assert (y.shape, y.dtype) == ((2, 3, *expected), dtype or torch.uint8)
 
 
 def test_an_unknown_distortion_is_refused() -> None:

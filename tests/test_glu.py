@@ -9,6 +9,7 @@ import torch
 
 import gpunn
 import gpunn.functional as GF
+import gpunn.nn
 from closeness import assert_accurate
 from gpunn.checks.glu import GATED
 from gpunn.functional.activation import TORCH
@@ -201,6 +202,8 @@ def test_no_dimensions_are_refused_as_torch_refuses(device: str) -> None:
 def test_an_unknown_approximation_is_refused(device: str) -> None:
     with pytest.raises(RuntimeError, match=r"approximate: .*'none' or 'tanh', got 'erf'"):
         GF.geglu(torch.ones(2, device=device), approximate="erf")
+    with pytest.raises(RuntimeError, match=r"approximate: .*'none' or 'tanh', got 'erf'"):
+        gpunn.nn.GEGLU(approximate="erf")
     with pytest.raises(TypeError, match="input: reglu expects a tensor, got list"):
         GF.reglu([1.0, 2.0])  # type: ignore[arg-type]
 

@@ -4,6 +4,8 @@ Every function takes a tensor of any shape and strides and returns one of the sa
 Where torch's formula gives NaN at an infinity although the limit exists (softsign's gradient, say),
 these give the limit; otherwise infinities and NaN propagate as torch's do. ``inplace=True`` is
 left to torch.
+
+Raises, each of them: TypeError where the input is no tensor or a parameter no number.
 """
 
 from __future__ import annotations
@@ -63,8 +65,10 @@ def resolve_activation(activation: ActivationName) -> tuple[str, list[float]]:
     """Name and parameters of ``None``, ``"relu"`` or ``("leaky_relu", 0.2)``.
 
     Raises:
+        RuntimeError: a parameter that celu or softshrink refuses.
         TypeError: neither a name nor a tuple of a name and numbers.
-        ValueError: an unknown name, or more parameters than the activation has.
+        ValueError: an unknown name, more parameters than the activation has, or limits of hardtanh
+            that are upside down.
     """
     if activation is None:
         return "identity", []
@@ -166,7 +170,12 @@ def elu(input: torch.Tensor, alpha: float = 1.0, inplace: bool = False) -> torch
 
 
 def celu(input: torch.Tensor, alpha: float = 1.0, inplace: bool = False) -> torch.Tensor:
-    """y = max(x, 0) + min(0, alpha (exp(x / alpha) - 1)). Barron 2017."""
+    """y = max(x, 0) + min(0, alpha (exp(x / alpha) - 1)). Barron 2017.
+
+    Raises:
+        RuntimeError: alpha is 0.
+        TypeError: the input is no tensor, or alpha no number.
+    """
     return _activate("celu", input, (alpha,), inplace)
 
 
@@ -198,7 +207,12 @@ def tanh(input: torch.Tensor) -> torch.Tensor:
 def hardtanh(
     input: torch.Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> torch.Tensor:
-    """y = min(max(x, min_val), max_val)."""
+    """y = min(max(x, min_val), max_val).
+
+    Raises:
+        TypeError: the input is no tensor, or a limit no number.
+        ValueError: min_val is above max_val.
+    """
     return _activate("hardtanh", input, (min_val, max_val), inplace)
 
 
@@ -218,7 +232,12 @@ def softsign(input: torch.Tensor) -> torch.Tensor:
 
 
 def softshrink(input: torch.Tensor, lambd: float = 0.5) -> torch.Tensor:
-    """y = x - lambd above lambd, x + lambd below -lambd, else 0."""
+    """y = x - lambd above lambd, x + lambd below -lambd, else 0.
+
+    Raises:
+        RuntimeError: lambd is negative.
+        TypeError: the input is no tensor, or lambd no number.
+    """
     return _activate("softshrink", input, (lambd,))
 
 
@@ -249,6 +268,7 @@ def gelu(input: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 
     Raises:
         RuntimeError: ``approximate`` is neither "none" nor "tanh".
+        TypeError: the input is no tensor.
     """
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")

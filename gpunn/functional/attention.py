@@ -116,7 +116,8 @@ def scaled_dot_product_attention(
         scale: 1 / √E if None.
         enable_gqa: heads of key and value divide those of query, and each serves so many of them.
         window: keys (before, after) its own position that a query sees; None: no bound.
-        alibi_slopes: (heads,) or (*, heads), without a gradient (Press et al., 2022).
+        alibi_slopes: (heads,) or (*, heads) (Press et al., 2022). Where they require a gradient,
+            all is computed by PyTorch's operations.
         softcap: c above.
         alignment: which corner of (L, S) the positions of queries and keys share: key i
             ("upper_left", torch's is_causal) or key i + S - L ("lower_right").

@@ -55,6 +55,9 @@ def attention_decode(
         RuntimeError: shapes, dtypes or devices do not fit each other.
         TypeError: an argument is not of its type.
         ValueError: a number that is none of those allowed.
+
+    Sources: Vaswani et al. (2017), https://arxiv.org/abs/1706.03762; Kwon et al. (2023),
+    https://arxiv.org/abs/2309.06180 (pages).
     """
     _check(query, key_cache, value_cache, cache_lengths, block_table)
     bounds = None if window is None else (window, None)

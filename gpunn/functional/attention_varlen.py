@@ -50,13 +50,16 @@ def attention_varlen(
             compared with what is on the device: a sequence's rows beyond them are not computed.
         dropout_p: the bits are those of ``dropout_mask`` for (heads, rows, max_k) probabilities.
         is_causal, scale, window, softcap, alignment: as ``scaled_dot_product_attention``'s.
-        alibi_slopes: (heads,) or (sequences, heads).
+        alibi_slopes: (heads,) or (sequences, heads); a gradient, as there, is PyTorch's.
         return_lse: also log Σ_j exp(s_ij), (heads, rows), float32, without a gradient.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit each other.
         TypeError: an argument is not of its type.
         ValueError: a number that is none of those allowed.
+
+    Sources: Vaswani et al. (2017), https://arxiv.org/abs/1706.03762; Dao (2023),
+    https://arxiv.org/abs/2307.08691, whose code packs sequences so.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):

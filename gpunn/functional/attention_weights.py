@@ -61,6 +61,8 @@ def attention_weights(
     Raises:
         IndexError, RuntimeError, TypeError, ValueError: as ``scaled_dot_product_attention``; and
             where a head or the shape of lse is none of those.
+
+    Source: Vaswani et al. (2017), https://arxiv.org/abs/1706.03762, equation 1.
     """
     attn_mask, is_causal, corner = of_causal_bias(attn_mask, is_causal, alignment)
     rules = rules_of(query, 0.0, is_causal, scale, window, softcap, corner)

@@ -19,6 +19,7 @@ import torch
 from gpunn.functional.augment_arguments import (
     Range,
     check_images,
+    check_layout,
     dtype_of,
     settings_of,
     size_of,
@@ -29,8 +30,6 @@ from gpunn.kernels.augment import Settings, augment_backward, augment_forward
 from gpunn.kernels.cuda import takes_cuda
 from gpunn.kernels.philox import draw_seed
 from gpunn.kernels.pooling import is_channels_last
-
-LAYOUTS = ("NCHW", "NHWC")
 
 
 class _Augment(torch.autograd.Function):
@@ -172,8 +171,7 @@ def augment(
         TypeError: an argument is not of its type.
         ValueError: an argument is out of its limits, or a range upside down.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: augment expects one of {', '.join(LAYOUTS)}, got {layout!r}")
+    check_layout(layout)
     settings = settings_of(
         horizontal_flip=horizontal_flip, vertical_flip=vertical_flip, rotation=rotation,
         shear_x=shear_x, shear_y=shear_y, scale=scale, translation_x=translation_x,
@@ -186,6 +184,6 @@ def augment(
     if layout == "NHWC" and images.dim() == 4:
         images = images.permute(0, 3, 1, 2)
     check_images(images, settings)
-    wanted, result_size = dtype_of(dtype, images), size_of(size, images)
+    wanted, result_size = dtype_of(dtype, images.dtype), size_of(size, images.shape[2:])
     source = _seed_of(seed, images.device)  # last, so that what is refused draws nothing
     return _augmented(images, source, result_size, settings, wanted)

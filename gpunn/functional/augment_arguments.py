@@ -11,6 +11,7 @@ import torch
 from gpunn.kernels.augment import COLOURS, FINEST, PADDING_MODES, PARAMETERS, Settings
 
 Range = float | tuple[float, float]
+LAYOUTS = ("NCHW", "NHWC")
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Least and greatest value, whether those are allowed, and in words.
 LIMITS: dict[str, tuple[float, float, bool, str]] = {
@@ -132,15 +133,25 @@ def check_images(images: torch.Tensor, settings: Settings) -> None:
         raise ValueError(f"saturation: augment expects red, green, blue, got {shape[1]} channels")
 
 
-def size_of(size: int | Sequence[int] | None, images: torch.Tensor) -> list[int]:
-    """Height and width of the result.
+def check_layout(layout: str) -> None:
+    """Refuse a layout that is none.
+
+    Raises:
+        ValueError: it is not among ``LAYOUTS``.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: augment expects one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def size_of(size: int | Sequence[int] | None, of_images: Sequence[int]) -> list[int]:
+    """Height and width of the result; by default, the images'.
 
     Raises:
         TypeError: it is not one or two integers.
         ValueError: one of them is below 1.
     """
     if size is None:
-        return [images.shape[2], images.shape[3]]
+        return list(of_images)
     pair: list[Any] = list(size) if isinstance(size, (tuple, list)) else [size, size]
     if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) for n in pair):
         raise TypeError(f"size: augment expects an integer or two, got {size!r}")
@@ -149,17 +160,17 @@ def size_of(size: int | Sequence[int] | None, images: torch.Tensor) -> list[int]
     return pair
 
 
-def dtype_of(dtype: torch.dtype | None, images: torch.Tensor) -> torch.dtype:
+def dtype_of(dtype: torch.dtype | None, of_images: torch.dtype) -> torch.dtype:
     """That of the result.
 
     Raises:
         ValueError: it is neither floating point nor that of the images.
     """
-    if dtype is None or dtype == images.dtype:
-        return images.dtype
+    if dtype is None or dtype == of_images:
+        return of_images
     if dtype not in DTYPES or not dtype.is_floating_point:
         raise ValueError(
-            f"dtype: augment expects floating point, or that of the images, {images.dtype}, "
+            f"dtype: augment expects floating point, or that of the images, {of_images}, "
             f"got {dtype}"
         )
     return dtype

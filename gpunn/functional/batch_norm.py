@@ -207,13 +207,19 @@ def batch_norm(
         activation: f, as ``gpunn.functional.linear`` takes it.
         residual: of input's shape; of another dtype, what follows the sum is torch's.
 
+    Returns:
+        y, of input's shape and dtype; with a residual of another dtype, in the wider of the two.
+
     Under ``backend("auto")`` a batch_norm with nothing to fuse is PyTorch's.
 
     Raises:
         IndexError: input has fewer than 2 dimensions.
-        RuntimeError: shapes, dtypes or devices do not fit each other, or statistics are missing.
+        RuntimeError: shapes, dtypes or devices do not fit each other, statistics are missing, or a
+            parameter that the activation refuses.
         TypeError: an argument is not of its type.
         ValueError: an unknown activation, or one value a channel in training.
+
+    Source: S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
     """
     options = Options(training, momentum, eps, *resolve_activation(activation))
     arguments = running_mean, running_var, weight, bias

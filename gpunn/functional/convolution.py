@@ -301,6 +301,8 @@ def conv2d(
             torch refuses.
         TypeError: an argument is not of its type.
         ValueError: an unknown activation.
+
+    Source: LeCun et al., "Gradient-based learning applied to document recognition", 1998.
     """
     arguments = stride, padding, dilation, groups
     tensors = input, weight, bias, residual
@@ -319,7 +321,7 @@ def conv1d(
     activation: ActivationName = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ``conv2d``, along the last dimension alone."""
+    """As ``conv2d``, also its source, along the last dimension alone."""
     arguments = stride, padding, dilation, groups
     tensors = input, weight, bias, residual
     return _convolve("conv1d", 1, tensors, arguments, activation, forward_geometry)
@@ -337,7 +339,7 @@ def conv3d(
     activation: ActivationName = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ``conv2d``, of volumes (N, C, D, H, W): by PyTorch, since there is no kernel for them.
+    """As ``conv2d``, also its source, of volumes (N, C, D, H, W): by PyTorch, for want of a kernel.
 
     Raises:
         RuntimeError: also under ``backend("kernels")``.
@@ -370,6 +372,8 @@ def conv_transpose2d(
 
     Raises:
         RuntimeError, TypeError, ValueError: as ``conv2d``.
+
+    Source: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016.
     """
     arguments = stride, padding, output_padding, groups, dilation
     tensors = input, weight, bias, residual
@@ -389,7 +393,7 @@ def conv_transpose1d(
     activation: ActivationName = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ``conv_transpose2d``, along the last dimension alone."""
+    """As ``conv_transpose2d``, also its source, along the last dimension alone."""
     arguments = stride, padding, output_padding, groups, dilation
     tensors = input, weight, bias, residual
     return _convolve("conv_transpose1d", 1, tensors, arguments, activation, transposed_geometry)

@@ -72,7 +72,8 @@ def glu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
 
     Raises:
         IndexError: ``dim`` is not a dimension of the input.
-        RuntimeError: the size of that dimension is odd.
+        RuntimeError: the size of that dimension is odd, or there is no dimension.
+        TypeError: the input is no tensor.
     """
     return _gated("glu", input, dim, GATES["glu"])
 
@@ -82,12 +83,25 @@ def swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     return _gated("swiglu", input, dim, GATES["swiglu"])
 
 
-def geglu(input: torch.Tensor, dim: int = -1, approximate: str = "none") -> torch.Tensor:
-    """y = a gelu(b), with gelu's ``approximate``; otherwise as ``glu``."""
+def geglu_gate(approximate: str) -> str:
+    """The activation that gates geglu.
+
+    Raises:
+        RuntimeError: ``approximate`` is neither "none" nor "tanh".
+    """
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")
-    gate = GATES["geglu"] if approximate == "none" else "gelu_tanh"
-    return _gated("geglu", input, dim, gate)
+    return GATES["geglu"] if approximate == "none" else "gelu_tanh"
+
+
+def geglu(input: torch.Tensor, dim: int = -1, approximate: str = "none") -> torch.Tensor:
+    """y = a gelu(b), with gelu's ``approximate``; otherwise as ``glu``.
+
+    Raises:
+        IndexError, TypeError: as ``glu``.
+        RuntimeError: as ``glu``; or ``approximate`` is neither "none" nor "tanh".
+    """
+    return _gated("geglu", input, dim, geglu_gate(approximate))
 
 
 def reglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:

@@ -233,6 +233,9 @@ def layer_norm(
         dropout_p: applied whatever the mode; the bits are those of ``gpunn.functional.dropout``.
         return_sum: also s, the residual stream that a next layer adds to.
 
+    Returns:
+        y, of input's shape and dtype; under autocast on a GPU, in float32.
+
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit each other.
         TypeError: an argument is not of its type.

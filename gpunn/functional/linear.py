@@ -210,9 +210,13 @@ def linear(
     is the product where absorbing the epilogue should cost more than it saves; the trace tells.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit each other.
+        RuntimeError: shapes, dtypes or devices do not fit each other, or a parameter that the
+            activation refuses.
         TypeError: an argument is not of its type.
         ValueError: an unknown activation, or a dropout_p outside of [0, 1].
+
+    Source: Rumelhart, Hinton and Williams, "Learning representations by back-propagating errors",
+    1986; Srivastava et al. 2014 (dropout).
     """
     name, parameters = resolve_activation(activation)
     is_probability = type(dropout_p) is float and 0 <= dropout_p <= 1

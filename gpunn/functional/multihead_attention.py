@@ -41,13 +41,23 @@ from gpunn.kernels.launch import decline, takes
 
 
 def split_heads(input: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(*, L, num_heads E) as (*, num_heads, L, E), a view: what attention takes."""
+    """(*, L, num_heads E) as (*, num_heads, L, E), a view: what attention takes.
+
+    Raises:
+        IndexError: the input has 1 dimension.
+        RuntimeError: it has none, or num_heads does not divide the last.
+        TypeError: num_heads is no integer.
+    """
     heads: torch.Tensor = input.unflatten(-1, (num_heads, -1))
     return heads.transpose(-3, -2)
 
 
 def merge_heads(input: torch.Tensor) -> torch.Tensor:
-    """(*, num_heads, L, E) as (*, L, num_heads E): a view of what attention gives."""
+    """(*, num_heads, L, E) as (*, L, num_heads E): a view of what attention gives.
+
+    Raises:
+        IndexError: the input has fewer than 3 dimensions.
+    """
     return input.transpose(-3, -2).flatten(-2)
 
 

@@ -210,17 +210,19 @@ def mse_loss(
     reduction: str = "mean",
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """weight (input - target)² of elements, or their sum or mean.
+    """weight (input - target)² of elements, or their sum or mean: the textbook formula.
 
     Args:
         input, target: of one shape, or broadcast to one, with torch's warning.
         size_average, reduce: torch's old names of ``reduction``; torch computes with them.
-        reduction: "none", "sum", or "mean", which divides by the sum of the weights.
+        reduction: "none", of the broadcast shape; or, of no dimensions, "sum" or "mean", which
+            divides by the sum of the weights.
         weight: of input's shape. Torch computes a gradient for it, and its results under autocast.
 
     Raises:
-        What torch raises: shapes that do not broadcast, a reduction that is none.
+        RuntimeError: shapes that do not broadcast.
         TypeError: input or target is no tensor.
+        ValueError: an unknown reduction, or a weight of another shape.
     """
     if not _taken(
         "mse_loss", input, target, reduction, [weight], [size_average, reduce],
@@ -240,7 +242,7 @@ def l1_loss(
     reduction: str = "mean",
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """weight |input - target| of elements, or their sum or mean; otherwise as ``mse_loss``."""
+    """weight |input - target| of elements, or their sum or mean; else as ``mse_loss``."""
     if not _taken(
         "l1_loss", input, target, reduction, [weight], [size_average, reduce],
         lambda: _weighs_each(input, weight),
@@ -324,12 +326,15 @@ def binary_cross_entropy_with_logits(
         input, target: of one shape. The result is of the target's dtype, as torch's.
         weight, pos_weight: broadcast to that shape; what repeats is read as it is.
         size_average, reduce: torch's old names of ``reduction``; torch computes with them.
-        reduction: "none", "sum" or "mean", which divides by the number of elements.
+        reduction: "none", of the shape of both; or, of no dimensions, "sum" or "mean", which
+            divides by the number of elements.
 
     Raises:
-        ValueError: the shapes differ, or the reduction is none.
+        ValueError: the shapes differ, or an unknown reduction.
         RuntimeError: a weight does not broadcast, or requires a gradient, which torch has not.
         TypeError: input or target is no tensor.
+
+    Source: C. Bishop, "Pattern Recognition and Machine Learning", 2006, section 4.3.2.
     """
     weights = [weight, pos_weight]
 
@@ -361,13 +366,15 @@ def kl_div(
     Args:
         input, target: of one shape, or broadcast to one.
         size_average, reduce: torch's old names of ``reduction``; torch computes with them.
-        reduction: "none", "sum", "batchmean" (by input's first size) or "mean" (by the number of
-            elements, with torch's warning that this is no divergence's mean).
+        reduction: "none", of the broadcast shape; or, of no dimensions, "sum", "batchmean" (by
+            input's first size) or "mean" (by the number of elements, with torch's warning that this
+            is no divergence's mean).
         log_target: whether target is given by its logarithm.
 
     Raises:
-        What torch raises: shapes that do not broadcast, a reduction that is none.
+        RuntimeError: shapes that do not broadcast.
         TypeError: input or target is no tensor.
+        ValueError: an unknown reduction.
 
     Source: S. Kullback and R. Leibler, "On Information and Sufficiency", 1951.
     """

@@ -102,6 +102,10 @@ def max_pool2d(
     A NaN in the window is its maximum. With ``return_indices`` also the int64 places ih W + iw of
     the maxima: of equal ones the first, of NaNs the last.
 
+    Returns:
+        (N, C, OH, OW), with N where input has it; OH = (H + 2 ph - dh (kh - 1) - 1) / sh + 1,
+        rounded down, or in ``ceil_mode`` up where that window begins inside; OW likewise.
+
     Raises:
         RuntimeError: dimensions, an empty dimension, or an argument's length or range that torch
             refuses.
@@ -147,6 +151,9 @@ def adaptive_max_pool2d(
     """y[oh, ow] = the maximum of rows floor(oh H / OH) to ceil((oh + 1) H / OH), columns likewise.
 
     NaNs and ``return_indices`` as in ``max_pool2d``; None in ``output_size`` is the input's size.
+
+    Returns:
+        (N, C, OH, OW), with N where input has it, (OH, OW) the ``output_size``.
 
     Raises:
         RuntimeError: dimensions, an empty dimension, or an ``output_size`` that torch refuses.
@@ -212,6 +219,9 @@ def avg_pool2d(
     The elements of the padding count if ``count_include_pad``, those that ``ceil_mode`` adds past
     it never; ``divisor_override`` replaces the count.
 
+    Returns:
+        (N, C, OH, OW), with N where input has it; sizes as ``max_pool2d``'s, at a dilation of 1.
+
     Raises:
         RuntimeError: dimensions, an empty dimension, or an argument's length or range that torch
             refuses.
@@ -253,6 +263,9 @@ def adaptive_avg_pool2d(
     """y[oh, ow] = the mean of rows floor(oh H / OH) to ceil((oh + 1) H / OH), columns likewise.
 
     None in ``output_size`` is the input's size.
+
+    Returns:
+        (N, C, OH, OW), with N where input has it, (OH, OW) the ``output_size``.
 
     Raises:
         RuntimeError: dimensions, an empty dimension, or an ``output_size`` that torch refuses.

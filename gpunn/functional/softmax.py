@@ -151,7 +151,10 @@ def softmax(
     Raises:
         IndexError: ``dim`` is no dimension.
         RuntimeError: input or mask is of the wrong dtype, device or shape.
-        TypeError: the mask is no tensor.
+        TypeError: the input or the mask is no tensor.
+
+    Source: J. Bridle, "Probabilistic interpretation of feedforward classification network outputs",
+    1990.
     """
     return _apply("softmax", input, dim, dtype, scale, mask)
 
@@ -165,7 +168,7 @@ def log_softmax(
     scale: float = 1.0,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y_i = s_i - log Σ_j exp(s_j); otherwise as ``softmax``."""
+    """y_i = s_i - log Σ_j exp(s_j); otherwise as ``softmax``, also its source."""
     return _apply("log_softmax", input, dim, dtype, scale, mask, logarithm=True)
 
 
@@ -178,5 +181,5 @@ def softmin(
     scale: float = 1.0,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax of s = -scale input + mask; otherwise as ``softmax``."""
+    """softmax of s = -scale input + mask; otherwise as ``softmax``, also its source."""
     return _apply("softmin", input, dim, dtype, -scale, mask)

@@ -129,6 +129,10 @@ def sync_batch_norm(
     Raises:
         RuntimeError: as ``batch_norm``; also where it is differentiated twice.
         ValueError: an unknown activation; a CPU's tensor, where no kernel takes it.
+
+    Sources: S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
+    T. Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
+    1979 (the variance of parts).
     """
     options = Options(True, momentum, eps, *resolve_activation(activation))
     group = dist.group.WORLD if process_group is None else process_group

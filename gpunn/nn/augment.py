@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import gpunn.functional as GF
-from gpunn.functional.augment_arguments import settings_of
+from gpunn.functional.augment_arguments import check_layout, dtype_of, settings_of, size_of
 
 
 class Augment(torch.nn.Module):
@@ -26,7 +26,8 @@ class Augment(torch.nn.Module):
 
     Raises:
         TypeError: there is no keyword of that name, or its argument is not of its type.
-        ValueError: an argument is out of its limits, or a range upside down.
+        ValueError: an argument is out of its limits, a range upside down, or the result asked for
+            in integers other than bytes.
     """
 
     def __init__(
@@ -38,7 +39,12 @@ class Augment(torch.nn.Module):
         **distortions: Any,
     ) -> None:
         super().__init__()
-        settings_of(**distortions)  # refuses what makes no sense, before the first picture comes
+        # Refuse what makes no sense before the first picture comes; bytes are the only pictures
+        # whose own dtype a result may have without being of floating point.
+        settings_of(**distortions)
+        check_layout(layout)
+        size_of(size, ())
+        dtype_of(dtype, torch.uint8)
         self.size, self.layout, self.dtype = size, layout, dtype
         self.distortions = distortions
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import gpunn.functional as GF
+from gpunn.functional.glu import geglu_gate
 
 
 class GLU(torch.nn.GLU):
@@ -22,10 +23,15 @@ class SwiGLU(GLU):
 
 
 class GEGLU(GLU):
-    """y = a gelu(b), (a, b) the halves of the input along ``dim``; ``approximate`` as in gelu."""
+    """y = a gelu(b), (a, b) the halves of the input along ``dim``; ``approximate`` as in gelu.
+
+    Raises:
+        RuntimeError: ``approximate`` is neither "none" nor "tanh".
+    """
 
     def __init__(self, dim: int = -1, approximate: str = "none") -> None:
         super().__init__(dim)
+        geglu_gate(approximate)  # refuses what is no approximation
         self.approximate = approximate
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

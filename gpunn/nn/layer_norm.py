@@ -34,6 +34,9 @@ class LayerNorm(torch.nn.LayerNorm):
         normalized_shape, eps, elementwise_affine, bias, device, dtype: torch's.
         dropout_p: of the input, in training alone.
         return_sum: whether the residual stream is given, too.
+
+    Raises:
+        ValueError: dropout_p is no probability.
     """
 
     def __init__(

@@ -21,6 +21,8 @@ class Linear(torch.nn.Linear):
         dropout_p: the dropout's probability, applied in training mode alone.
 
     Raises:
+        RuntimeError: a parameter that the activation refuses, such as ``("celu", 0.0)``.
+        TypeError: the activation is neither a name nor a tuple of a name and numbers.
         ValueError: an unknown activation, or a dropout_p outside of [0, 1].
     """
 

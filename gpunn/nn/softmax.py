@@ -41,7 +41,11 @@ class Softmin(torch.nn.Softmin):
 
 
 class Softmax2d(torch.nn.Softmax2d):
-    """``torch.nn.Softmax2d``: softmax over the channels of (N, C, H, W) or (C, H, W)."""
+    """``torch.nn.Softmax2d``: softmax over the channels of (N, C, H, W) or (C, H, W).
+
+    Raises:
+        ValueError: in forward, the input has neither 3 nor 4 dimensions.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.dim() not in (3, 4):
