@@ -125,6 +125,15 @@ def _product_scenarios() -> dict[str, Scenario]:
     return found
 
 
+def _odd_columns() -> None:
+    """Results that are stored one by one, of operands that are read so as well."""
+    y = meta(2 * SIZE, SIZE - 1)
+    epilogue = Epilogue(
+        y, bias=meta(SIZE - 1), residual=y, saved=torch.empty_like(y), activation="silu"
+    )
+    product.product("product", meta(2 * SIZE, 333), meta(SIZE - 1, 333), epilogue)
+
+
 def _finish(n_parts: int, activation: str) -> None:
     partials = meta(n_parts, SIZE, SIZE, dtype=torch.float32)
     product.finish("finish", partials, _epilogue("all", HALF, activation))
@@ -136,6 +145,7 @@ def _linear_scenarios() -> dict[str, Scenario]:
         for parts in (1, 2, convolve.MOST_PARTS)
         for activation in HEAVY["all"]
     }
+    found["product-odd-columns"] = Scenario(_odd_columns, tensor_cores=True)
     y, seed = meta(SIZE, SIZE), meta(1, dtype=torch.int64)
     backward = launchers["linear_epilogue_backward"]
     for activation in ("relu", *HEAVY["all"]):
