@@ -139,15 +139,15 @@ def tiles_for(problem: Product) -> tuple[MatmulLaunch, ...]:
     """The tile sizes among which a product is launched.
 
     The random bits of a dropout take registers: with them the widest tile spills, on Blackwell the
-    three widest. There the widest tile of TF32 spills with some activations too. By pointer the
-    widest does where results are stored one by one.
+    three widest. There the widest tile of TF32 spills with some activations too. By pointer
+    both wider ones do where results are stored one by one.
     """
     on_blackwell = problem.device.capability >= 100
     if problem.dtype.itemsize > 2:
         tiles = TILES_TF32 if problem.precision == "tf32" else TILES_IEEE
         return tiles[1:] if on_blackwell and tiles is TILES_TF32 else tiles
     if not problem.by_descriptor:
-        return POINTER_TILES_16_BIT[1 if problem.n_cols % 16 else 0 :]
+        return POINTER_TILES_16_BIT[2 if problem.n_cols % 16 else 0 :]
     skipped = 0 if not problem.has_dropout else 3 if on_blackwell else 1
     return DESCRIPTOR_TILES_16_BIT[skipped:]
 
