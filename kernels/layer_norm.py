@@ -5,6 +5,7 @@ x is (*, columns), contiguous; statistics are float32 (of float64, float64).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ def _forward_fake(
     y = torch.empty_like(x, dtype=dtype)
     changed = residual is not None or seed is not None
     s = torch.empty_like(x) if keep and changed else x.new_empty((0,))
-    mean = x.new_empty((x.shape[:-1].numel(),), dtype=wide(x))
+    mean = x.new_empty((math.prod(x.shape[:-1]),), dtype=wide(x))
     return y, s, mean, torch.empty_like(mean)
 
 

@@ -24,7 +24,7 @@ def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     """(*, n) as (rows, n): a view where the strides allow one."""
     if tensor.dim() == 2:
         return tensor
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def saves(activation: str, parameters: list[float], dropout_p: float, has_residual: bool) -> str:

@@ -15,7 +15,7 @@ from gpunn.functional.attention_arguments import (
     log_sums,
     natural_logarithm,
 )
-from gpunn.functional.dispatch import differentiable_gradients
+from gpunn.functional.dispatch import differentiable_gradients, distinct
 from gpunn.kernels.attention import attention_backward, attention_forward
 from gpunn.kernels.dropout import dropout_factors
 from gpunn.kernels.launch import decline
@@ -103,7 +103,7 @@ def attend_by_kernels(given: Given, rules: Rules) -> Attended:
     tensors = *given[:6], seed, given.starts_q, given.starts_k
     numbers = given.n_queries, given.n_keys, *rules
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given[:4]):
-        y, maxima, sums = _Attention.apply(*tensors, numbers)
+        y, maxima, sums = _Attention.apply(*distinct(tensors), numbers)
     else:
         forward: Any = attention_forward
         y, _, maxima, sums = forward(False, *tensors, *numbers)

@@ -25,6 +25,7 @@ from gpunn.functional.attention_arguments import (
     softmax,
 )
 from gpunn.functional.attention_function import refusal_of
+from gpunn.functional.dispatch import distinct
 from gpunn.kernels.attention import attention_forward
 from gpunn.kernels.attention_weights import attention_weights as launch_weights
 from gpunn.kernels.launch import decline, record_fallback, takes
@@ -129,7 +130,7 @@ def weights_by_kernel(
     tensors = *given[:2], *given[3:6]
     numbers = given.n_queries, given.n_keys, *rules
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        weights: torch.Tensor = _Weights.apply(*tensors, maxima, sums, chosen, numbers)
+        weights: torch.Tensor = _Weights.apply(*distinct(tensors), maxima, sums, chosen, numbers)
         return weights
     return _launched(*tensors, maxima, sums, chosen, numbers)
 

@@ -16,7 +16,7 @@ from gpunn.functional.activation import (
     resolve_activation,
 )
 from gpunn.functional.convolution_arguments import check_residual
-from gpunn.functional.dispatch import check_arguments, differentiable_gradients, is_tensor
+from gpunn.functional.dispatch import check_arguments, differentiable_gradients, distinct, is_tensor
 from gpunn.kernels.batch_norm import batch_norm_backward, batch_norm_forward, unpacked_bits
 from gpunn.kernels.launch import chosen_backend, decline, record_fallback, takes
 
@@ -245,7 +245,7 @@ def batch_norm(
         return _by_torch(input, None, arguments, options)
     tensors = input, residual, weight, bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y: torch.Tensor = _BatchNorm.apply(*tensors, running_mean, running_var, options)
+        y: torch.Tensor = _BatchNorm.apply(*distinct(tensors), running_mean, running_var, options)
     else:
         forward: Any = batch_norm_forward
         y, *_ = forward(*tensors, running_mean, running_var, *options, False)

@@ -31,6 +31,7 @@ from gpunn.functional.dispatch import (
     autocast_to_lower,
     check_arguments,
     differentiable_gradients,
+    distinct,
     is_tensor,
 )
 from gpunn.functional.window import Sizes, as_given
@@ -221,7 +222,7 @@ def _by_kernels(
 
     given = as_images(input, batched), as_images(weight, True), bias, as_images(residual, batched)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        y: torch.Tensor = _Convolution.apply(*given, geometry, fused)
+        y: torch.Tensor = _Convolution.apply(*distinct(given), geometry, fused)
     else:
         y, _ = _launch(given, geometry, fused, False)
     return as_given(y, n, input.dim())

@@ -48,6 +48,20 @@ def as_vector(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor if tensor.dim() == 1 else tensor.reshape(-1)).contiguous()
 
 
+def distinct(tensors: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+    """What an ``autograd.Function`` is applied to, where one tensor may stand in two places.
+
+    torch.compile refuses that: there, the second of them is a view of the first.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[torch.Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
+    return found
+
+
 def autocast_is_on(tensor: torch.Tensor) -> bool:
     """Whether autocast is enabled for the tensor's device."""
     if tensor.is_cpu or tensor.is_cuda:

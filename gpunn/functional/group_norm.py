@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from gpunn.functional.dispatch import (
     autocast_is_on,
     check_arguments,
     differentiable_gradients,
+    distinct,
     is_tensor,
 )
 from gpunn.kernels.group_norm import group_norm_backward, group_norm_forward
@@ -104,7 +106,7 @@ def _normalise(
     """y by the kernels, and mean and variance of each group, (N, num_groups)."""
     tensors = input, *(None if t is None else as_vector(t) for t in (weight, bias))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        found: tuple[torch.Tensor, ...] = _GroupNorm.apply(*tensors, num_groups, options)
+        found: tuple[torch.Tensor, ...] = _GroupNorm.apply(*distinct(tensors), num_groups, options)
         y, mean, var = found
     else:
         forward: Any = group_norm_forward
@@ -149,7 +151,7 @@ def _check_groups(input: torch.Tensor, num_groups: Any) -> None:
 
 def _is_too_long(name: str, input: torch.Tensor) -> bool:
     """Whether a plane has more positions than 32 bits count; the trace says so."""
-    too_long = input.shape[2:].numel() > MOST_POSITIONS
+    too_long = math.prod(input.shape[2:]) > MOST_POSITIONS
     if too_long:
         decline(name, f"no kernel for images of shape {tuple(input.shape[2:])}")
     return too_long
@@ -206,7 +208,7 @@ def _check_images(
     input: torch.Tensor, running: tuple[torch.Tensor | None, torch.Tensor | None]
 ) -> None:
     """Refuse images of one position, and half of the running statistics or ones that do not fit."""
-    if input.dim() < 2 or input.shape[2:].numel() == 1:
+    if input.dim() < 2 or math.prod(input.shape[2:]) == 1:
         raise ValueError(
             "input: instance_norm expects more than 1 spatial element when training, "
             f"got shape {tuple(input.shape)}"
@@ -284,7 +286,7 @@ def instance_norm(
         return by_torch()
     if _is_too_long("instance_norm", input):
         return by_torch()
-    n, options = input.shape[2:].numel(), Options(eps, name, parameters, input.dtype)
+    n, options = math.prod(input.shape[2:]), Options(eps, name, parameters, input.dtype)
     y, mean, var = _normalise(input, input.shape[1], *given, options)
     if running_mean is not None and running_var is not None:
         _move(running_mean, mean, momentum)

@@ -13,6 +13,7 @@ from gpunn.functional.dispatch import (
     autocast_is_on,
     check_arguments,
     differentiable_gradients,
+    distinct,
     is_tensor,
 )
 from gpunn.kernels.dropout import dropout_factors
@@ -134,7 +135,7 @@ def _normalise(
     tensors = tuple(as_rows(t, len(shape)) for t in (input, residual, weight, bias))
     seed = draw_seed(input.device) if options.dropout_p > 0 else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y, s = _RowNorm.apply(*tensors, seed, options, return_sum, dtype)
+        y, s = _RowNorm.apply(*distinct(tensors), seed, options, return_sum, dtype)
     else:
         forward: Any = row_norm_forward
         y, s, _, _ = forward(*tensors, seed, *options, return_sum, dtype)

@@ -19,6 +19,7 @@ from gpunn.functional.dispatch import (
     autocast_to_lower,
     check_arguments,
     differentiable_gradients,
+    distinct,
     is_tensor,
 )
 from gpunn.kernels.dropout import dropout_factors
@@ -239,7 +240,7 @@ def linear(
         return F.linear(input, weight, bias)
     tensors = (input, weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Linear.apply(*tensors, name, parameters, dropout_p)  # type: ignore[no-any-return]
+        return _Linear.apply(*distinct(tensors), name, parameters, dropout_p)  # type: ignore[no-any-return]
     seed = draw_seed(input.device) if dropout_p > 0 else None
     y, _ = linear_forward(*tensors, seed, name, parameters, dropout_p, False)
     return y

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpunn.functional.dispatch import autocast_is_on, differentiable_gradients, is_tensor
+from gpunn.functional.dispatch import autocast_is_on, differentiable_gradients, distinct, is_tensor
 from gpunn.kernels.launch import decline, record_fallback, takes
 from gpunn.kernels.pointwise_loss import pointwise_loss_backward, pointwise_loss_forward
 
@@ -96,7 +96,7 @@ def _apply(
     """The losses of x and y, of one shape, on the kernels; by a divisor, their sum over it."""
     given = x, y, weight, pos_weight, loss, list(parameters), divisor, dtype
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        found: torch.Tensor = _PointwiseLoss.apply(*given)
+        found: torch.Tensor = _PointwiseLoss.apply(*distinct(given[:4]), *given[4:])
         return found
     return pointwise_loss_forward(*given)
 

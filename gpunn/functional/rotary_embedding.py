@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function
 
-from gpunn.functional.dispatch import is_tensor
+from gpunn.functional.dispatch import distinct, is_tensor
 from gpunn.kernels import rotary_embedding as kernels
 from gpunn.kernels.launch import decline, takes
 
@@ -169,7 +169,9 @@ def rotary_embedding(
     tables = (cos[None], sin[None]) if cos.dim() == 2 else (cos, sin)
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     turn: Any = _Rotary.apply if wanted else kernels.rotary_embedding
-    turned: tuple[torch.Tensor, torch.Tensor] = turn(query, key, *tables, pairs, interleaved, False)
+    turned: tuple[torch.Tensor, torch.Tensor] = turn(
+        *distinct((query, key)), *tables, pairs, interleaved, False
+    )
     return turned
 
 
@@ -197,7 +199,7 @@ def rotary_tables(
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"dim: expected a positive even number, got {dim}")
-    if isinstance(positions, int):
+    if isinstance(positions, (int, torch.SymInt)):
         positions = torch.arange(positions, device=device)
     even = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
     angle = positions[..., None].to(torch.float64) * base ** (-even / dim)

@@ -17,6 +17,7 @@ from torch.nn.modules._functions import SyncBatchNorm
 from gpunn.functional.activation import TORCH, ActivationName, resolve_activation
 from gpunn.functional.batch_norm import MOST_POSITIONS, Options, check_channels, keeps_bits
 from gpunn.functional.convolution_arguments import check_residual
+from gpunn.functional.dispatch import distinct
 from gpunn.kernels.batch_norm import (
     batch_norm_backward,
     batch_norm_forward,
@@ -145,7 +146,7 @@ def sync_batch_norm(
     tensors = input, residual, weight, bias, running_mean, running_var
     if takes("sync_batch_norm", *tensors):
         if input.numel() <= MOST_POSITIONS * input.shape[1]:
-            y: torch.Tensor = _SyncBatchNorm.apply(*tensors, options, group)
+            y: torch.Tensor = _SyncBatchNorm.apply(*distinct(tensors), options, group)
             return y
         decline("sync_batch_norm", f"no kernel for a batch of shape {tuple(input.shape)}")
     if input.is_cpu:

@@ -40,7 +40,9 @@ class RotaryEmbedding(torch.nn.Module):
         if cos.shape[0] < length or cos.device != device:
             with torch.inference_mode(False):  # tables of inference cannot be used in training
                 cos, sin = GF.rotary_tables(length, self.dim, base=self.base, device=device)
-            self._kept = cos, sin
+            # Not the stand-ins that a model is traced with: they could not be computed with later.
+            if type(cos) is torch.Tensor and not torch._is_functional_tensor(cos):
+                self._kept = cos, sin
         return cos[:length], sin[:length]
 
     def forward(
