@@ -307,17 +307,6 @@ def test_more_places_than_are_counted_are_torchs(
     assert [fallback.reason for fallback in trace.fallbacks] == [reason] * 2
 
 
-def test_checkpointing(device: str) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    x, weight, bias, _ = operands(device)
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return GF.conv2d(x, weight, bias, activation="gelu")
-
-    agree(checkpoint(function, x, use_reentrant=False), function(x), [x, weight, bias])
-
-
 # --- layouts, sizes and places ---
 
 

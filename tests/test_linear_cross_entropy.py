@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpunn
@@ -277,17 +276,6 @@ def test_gradcheck() -> None:
         )
 
     check_gradients(loss, x, weight, bias)
-
-
-def test_checkpointed(device: str) -> None:
-    layer = [t.requires_grad_() for t in layer_of(4, 6, 20, torch.float32, device)]
-    target = torch.arange(4, device=device)
-
-    def loss(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return GF.linear_cross_entropy(x, weight, target, linear_bias=bias, chunk_size=2)
-
-    got = torch.autograd.grad(checkpoint(loss, *layer, use_reentrant=False), layer)
-    assert all(map(torch.equal, got, torch.autograd.grad(loss(*layer), layer)))
 
 
 def test_backward_twice_and_compiled(device: str) -> None:

@@ -119,22 +119,6 @@ def test_dropout_is_reproducible_and_fresh(device: str) -> None:
         assert abs(agreement - 0.5) < 4 * 0.5 / flat.numel() ** 0.5, shift
 
 
-def test_a_checkpointed_gradient_is_differentiable(device: str) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    x, weight = (torch.randn(s, device=device, requires_grad=True) for s in ((4, 3), (5, 3)))
-
-    def penalty(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        return torch.autograd.grad(dx.square().sum(), (x, weight))
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return GF.linear(x, weight, activation="gelu")
-
-    got = penalty(checkpoint(function, x, use_reentrant=False))
-    torch.testing.assert_close(got, penalty(function(x)))
-
-
 def test_under_checkpointing_the_mask_is_the_same(device: str) -> None:
     from torch.utils.checkpoint import checkpoint
 
