@@ -8,12 +8,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import gpunn
 import gpunn.functional as GF
+from gpunn.functional.dispatch import AGAIN
 from gpunn.kernels.elementwise import ElementwiseLaunch, activation_forward_kernel
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.kernels.launch import (
@@ -51,6 +53,23 @@ def test_trace_records_launches_forward_and_backward(device: str) -> None:
         "activation_backward", "activation_backward_kernel", (3,),
     )  # fmt: skip
     assert not trace.fallbacks
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        GF.gelu,
+        GF.sigmoid,
+        lambda x: GF.linear(x, x, activation="relu"),
+        lambda x: GF.layer_norm(x, (3,)),
+        lambda x: GF.embedding(torch.zeros(2, dtype=torch.int64, device=x.device), x),
+    ],
+)
+def test_trace_says_that_a_gradient_for_another_is_torchs(function: Any, device: str) -> None:
+    x = torch.randn(3, 3, device=device, requires_grad=True)
+    with gpunn.trace() as trace:
+        torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    assert [record.reason for record in trace.fallbacks] == [AGAIN]
 
 
 def test_trace_records_fallbacks_with_their_reason(device: str) -> None:

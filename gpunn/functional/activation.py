@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpunn.functional.dispatch import autocast_is_on, is_tensor
+from gpunn.functional.dispatch import AGAIN, autocast_is_on, is_tensor, record_fallback
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.elementwise import activation_backward, activation_forward
 from gpunn.kernels.launch import decline, takes
@@ -117,6 +117,7 @@ class _Activation(torch.autograd.Function):
         name, parameters = ctx.name, ctx.parameters
         if not torch.is_grad_enabled():
             return activation_backward(dy, saved, name, parameters), None, None
+        record_fallback(name, AGAIN)
         if ACTIVATIONS[name].saves == "output":
             return TORCH_GRADIENT[name](dy, saved, *parameters), None, None
         alias = saved.view_as(saved)

@@ -11,6 +11,8 @@ from torch.overrides import has_torch_function_unary
 from gpunn.kernels.launch import decline as decline
 from gpunn.kernels.launch import record_fallback as record_fallback
 
+AGAIN = "gradients that can be differentiated again: PyTorch's operations"
+
 
 def is_tensor(operator: str, input: object, name: str = "input") -> bool:
     """Whether an argument is a tensor; False for a stand-in, such as torch.fx's, that acts as one.
@@ -99,6 +101,7 @@ def differentiable_gradients(
     wanted = [a for a, need in zip(aliases, needed, strict=True) if a is not None and need]
     if not wanted:
         return [None] * len(inputs)
+    record_fallback("gradients", AGAIN)
     gradients = iter(torch.autograd.grad(composition(*aliases), wanted, dy, create_graph=True))
     return [
         next(gradients) if alias is not None and need else None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import has_torch_function_unary
 
-from gpunn.functional.dispatch import check_arguments, is_tensor
+from gpunn.functional.dispatch import AGAIN, check_arguments, is_tensor, record_fallback
 from gpunn.kernels.dropout import dropout_factors
 from gpunn.kernels.embedding import embedding_backward, embedding_forward
 from gpunn.kernels.launch import decline, takes
@@ -85,6 +85,7 @@ def _differentiable(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The same in torch's operations, which can be differentiated."""
+    record_fallback("embedding", AGAIN)
     if indices is None:
         shape = dy.shape[:-1]
         place = torch.arange(shape.numel(), device=dy.device) % max(options.length, 1)
