@@ -12,7 +12,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import gpunn.functional as GF
 from gpunn.functional.activation import resolve_activation
+from gpunn.nn.transformer_layer import HOOKS
 from gpunn.replacement import accelerate
+
+IN_PLACE = {
+    "iadd", "iand", "ifloordiv", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor",
+    "setitem",
+}  # fmt: skip
+"""What ``operator`` calls functions that change their first argument."""
 
 
 class _Tracer(torch.fx.Tracer):
@@ -30,7 +37,8 @@ def fold_batch_norm(model: torch.nn.Module) -> torch.fx.GraphModule:
     normalisation by running statistics that alone reads the result of a ``Conv1d``, ``Conv2d``,
     ``Conv3d``, ``ConvTranspose1d``, ``ConvTranspose2d`` or ``Linear``, torch's or gpunn's. What the
     normalisation fused, activation and residual, is fused into that layer. One that follows
-    something else stays. All layers become gpunn's; the model itself is not changed.
+    something else stays, as does one with hooks, after a layer with hooks, or after one whose
+    parameters are read elsewhere. All layers become gpunn's; the model itself is not changed.
 
     Source: B. Jacob et al. (2018), https://arxiv.org/abs/1712.05877, section 3.2.
 
@@ -42,9 +50,10 @@ def fold_batch_norm(model: torch.nn.Module) -> torch.fx.GraphModule:
     folded = torch.fx.GraphModule(model, _Tracer().trace(model))
     for node in list(folded.graph.nodes):
         layer, norm = _foldable(folded, node)
-        if layer is not None and norm is not None:
+        place = None if layer is None else _place(folded, node)
+        if norm is not None and place is not None:
             _fold(layer, norm)
-            _rewire(folded.graph, node, layer, norm)
+            _rewire(folded.graph, node, place, layer, norm)
     folded.graph.lint()
     folded.delete_all_unused_submodules()
     folded.recompile()
@@ -73,9 +82,43 @@ def _foldable(
     fuses = adds or getattr(layer, "activation", None) or getattr(layer, "dropout_p", 0.0)
     in_groups = isinstance(layer, _ConvTransposeNd) and layer.groups > 1
     computed = torch.nn.utils.parametrize.is_parametrized(layer)
-    if len(before.users) > 1 or fuses or in_groups or computed:
+    watched = any(vars(module).get(name) for module in (layer, norm) for name in HOOKS)
+    if len(before.users) > 1 or fuses or in_groups or computed or watched:
         return None, None
-    return layer, norm
+    return (None, None) if _is_read_elsewhere(model, layer) else (layer, norm)
+
+
+def _is_read_elsewhere(model: torch.fx.GraphModule, layer: Any) -> bool:
+    """Whether the graph, or another layer, has the parameters that folding changes."""
+    others = [m for m in model.modules() if m is not layer]
+    used = [p for m in others for p in m.parameters(recurse=False)]
+    for node in model.graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            used.append(getattr(model.get_submodule(owner), name))
+    return any(own is other for own in layer.parameters() for other in used)
+
+
+def _place(model: torch.fx.GraphModule, node: torch.fx.Node) -> torch.fx.Node | None:
+    """Before which node the layer may stand: itself or, if it adds what comes later, the norm.
+
+    None if what it reads may be written to in between.
+    """
+    before, nodes = node.args[0], list(model.graph.nodes)
+    assert isinstance(before, torch.fx.Node)
+    between = nodes[nodes.index(before) + 1 : nodes.index(node)]
+    if not any(other in between for other in node.all_input_nodes):
+        return before
+    return None if any(_may_write(model, other) for other in between) else node
+
+
+def _may_write(model: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Whether a node may change a tensor in place."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    asked = any(argument is True for argument in (*node.args, node.kwargs.get("inplace")))
+    return name.endswith("_") or name in IN_PLACE or asked or "out" in node.kwargs
 
 
 def _fold(layer: Any, norm: _BatchNorm) -> None:
@@ -98,7 +141,9 @@ def _of_rows(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _rewire(graph: torch.fx.Graph, node: torch.fx.Node, layer: Any, norm: Any) -> None:
+def _rewire(
+    graph: torch.fx.Graph, node: torch.fx.Node, place: torch.fx.Node, layer: Any, norm: Any
+) -> None:
     """Take the normalisation out of the graph, and keep what it fused."""
     before = node.args[0]
     assert isinstance(before, torch.fx.Node)
@@ -110,7 +155,7 @@ def _rewire(graph: torch.fx.Graph, node: torch.fx.Node, layer: Any, norm: Any) -
     fuses = type(layer).__module__.startswith("gpunn.nn.")
     if fuses and residual is None:
         layer.activation, activation = activation, None
-    with graph.inserting_before(node):  # where the residual is known
+    with graph.inserting_before(place):
         result = graph.node_copy(before, lambda given: given)
         if fuses and residual is not None:
             result.kwargs = {"residual": residual}

@@ -6,6 +6,7 @@ parameters, buffers, hooks, optimizer references and the ``state_dict`` stay wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,20 +56,30 @@ def accelerate(model: torch.nn.Module) -> Replacement:
 def restore(model: torch.nn.Module) -> Replacement:
     """Give every gpunn layer of ``model`` its torch class back, in place.
 
-    A layer with a fused activation or dropout has no torch counterpart, and is left as it is.
+    A layer with a fused activation or dropout has no torch counterpart, and is left as it is; so
+    are the layers of a module that calls them with what torch's do not take, such as a residual. It
+    says so by an attribute ``needs_gpunn = True``, as ``gpunn.models.GPT`` does.
     """
     back = {ours: theirs for theirs, ours in _counterparts().items()}
-    return _change_classes(model, back, "not a gpunn layer")
+    needed = [m for module in model.modules() if _needs_gpunn(module) for m in module.modules()]
+    return _change_classes(model, back, "not a gpunn layer", needed)
+
+
+def _needs_gpunn(module: torch.nn.Module) -> bool:
+    return bool(getattr(module, "needs_gpunn", False))
 
 
 def _change_classes(
     model: torch.nn.Module,
     classes: dict[type[torch.nn.Module], type[torch.nn.Module]],
     otherwise: str,
+    needed: Sequence[torch.nn.Module] = (),
 ) -> Replacement:
-    record = Replacement()
+    record, as_they_are = Replacement(), set(needed)
     for name, module in model.named_modules():
         new, reason = classes.get(type(module)), _reason_to_keep(module)
+        if module in as_they_are:
+            reason = "the module around it needs gpunn's"
         if new is not None and reason is None:
             module.__class__ = new
             record.replaced[name] = f"{new.__module__.partition('.')[0]} {new.__name__}"
@@ -86,12 +97,14 @@ def _reason_to_keep(module: torch.nn.Module) -> str | None:
         torch.nn.RMSNorm, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin,
         torch.nn.Embedding,
     )  # fmt: skip
+    if any(callable(value) and hasattr(layer, name) for name, value in given.items()):
+        return "it has a method of its own in the place of its class's"
     if layer.__module__.startswith("gpunn."):
         if not _namesake(layer):
             return "torch has no such layer"
         fused = isinstance(module, fusing) and _fuses(given)
         return "its fused parts have no torch layer" if fused else None
-    if isinstance(module, fusing) and set(PLAIN) & set(given):
+    if isinstance(module, fusing) and _fuses(given):
         return "it has an attribute that gpunn's layer would take for its own"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "its parameters are computed by a parametrization"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import prune
 
 import gpunn
 import gpunn.nn
@@ -147,4 +148,71 @@ def test_networks_folded(build: Any, device: str) -> None:
     with gpunn.backend("torch"), torch.no_grad():
         y, expected = folded(x), net(x)
         assert (y - expected).norm() <= 1e-4 * expected.norm()
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+
+
+class Tied(torch.nn.Module):
+    """The weight is read a second time, past its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.norm(self.layer(x)), self.layer.weight.t())
+
+
+class Overwritten(torch.nn.Module):
+    """The layer's input is changed in place before the normalisation."""
+
+    def __init__(self, residual: bool) -> None:
+        super().__init__()
+        self.layer, self.norm = gpunn.nn.Linear(4, 4), gpunn.nn.BatchNorm1d(4)
+        self.relu, self.residual = torch.nn.ReLU(inplace=True), residual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.layer(x)
+        shortcut = self.relu(x)
+        y: torch.Tensor = (
+            self.norm(z, residual=shortcut) if self.residual else self.norm(z) + shortcut
+        )
+        return y
+
+
+def hooked(place: int) -> torch.nn.Sequential:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    net[place].register_forward_hook(lambda module, args, output: output * 2)
+    return net
+
+
+def pruned() -> torch.nn.Sequential:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    return net
+
+
+LEFT: dict[str, Any] = {
+    "a weight that is read elsewhere": Tied,
+    "an input that is overwritten before the residual is known": lambda: Overwritten(True),
+    "hooks on the layer": lambda: hooked(0),
+    "hooks on the normalisation": lambda: hooked(1),
+    "a weight that a hook computes": pruned,
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_folded_is_left(name: str, device: str) -> None:
+    net, x = with_statistics(LEFT[name]().to(device)), torch.randn(3, 4, device=device)
+    with torch.no_grad(), gpunn.backend("torch"):
+        net(x.clone())  # a hook computes the weight
+        folded = gpunn.fold_batch_norm(net)
+        torch.testing.assert_close(folded(x.clone()), net(x.clone()))
+    assert any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+
+
+def test_a_layer_reads_its_input_where_it_did(device: str) -> None:
+    net, x = with_statistics(Overwritten(False).to(device)), torch.randn(3, 4, device=device)
+    with torch.no_grad(), gpunn.backend("torch"):
+        folded = gpunn.fold_batch_norm(net)
+        torch.testing.assert_close(folded(x.clone()), net(x.clone()))
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in folded.modules())

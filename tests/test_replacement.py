@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import gpunn
 import gpunn.nn
+from gpunn import models
 
 
 def model() -> torch.nn.Sequential:
@@ -62,3 +65,35 @@ def test_accelerate_says_what_it_leaves_and_why() -> None:
     assert "parametrization" in kept["normed"]
     assert "fused path" in kept["encoder"]
     assert "no such layer" in gpunn.restore(torch.nn.Sequential(gpunn.nn.SwiGLU())).kept["0"]
+
+
+def test_accelerate_leaves_a_layer_with_a_method_of_its_own(device: str) -> None:
+    """As a patch that lets a convolution's images go on at their other edge."""
+    first: Any = torch.nn.Conv2d(2, 2, 3)
+    net = torch.nn.Sequential(first, torch.nn.Conv2d(2, 2, 3)).to(device)
+    x, before = torch.randn(1, 2, 5, 5, device=device), first._conv_forward
+
+    first._conv_forward = lambda *arguments: 2 * before(*arguments)
+    expected = net(x)
+    record = gpunn.accelerate(net)
+    assert set(record.replaced) == {"1"}
+    assert "a method of its own" in record.kept["0"]
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_what_was_restored_can_be_accelerated() -> None:
+    net = torch.nn.Sequential(gpunn.nn.Linear(2, 2), gpunn.nn.LayerNorm(2), gpunn.nn.GELU())
+    assert set(gpunn.restore(net).replaced) == {"0", "1", "2"}
+    assert set(gpunn.accelerate(net).replaced) == {"0", "1", "2"}
+
+
+def test_models_that_need_gpunn_keep_its_layers(device: str) -> None:
+    """By themselves, and as part of another."""
+    gpt = models.GPT(11, 8, 8, n_layer=1, n_head=2, dropout=0.0).to(device).eval()
+    net = torch.nn.ModuleDict({"gpt": gpt, "head": gpunn.nn.Linear(2, 2)})
+    tokens = torch.randint(11, (1, 3), device=device)
+    expected = gpt(tokens)
+    record = gpunn.restore(net)
+    assert set(record.replaced) == {"head"}
+    assert "needs gpunn's" in record.kept["gpt.ln_f"]
+    assert torch.equal(gpt(tokens), expected)

@@ -66,6 +66,25 @@ def test_hooks_see_what_torchs_see(device: str) -> None:
         torch.testing.assert_close(*seen, rtol=1e-3, atol=1e-4)
 
 
+def test_a_hook_on_all_modules_sees_and_changes_what_it_does_in_torchs(device: str) -> None:
+    ours, theirs = pair(LAYERS[0], device, 8, 2, 12, dropout=0.0)
+    x = torch.randn(4, 2, 8, device=device)
+    before, seen = theirs(x), []
+
+    def doubled(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        seen.append(module.__class__.__name__)
+        return 2 * output if isinstance(module, torch.nn.LayerNorm) else None
+
+    hook = torch.nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        results = [layer(x) for layer in (ours, theirs)]
+    finally:
+        hook.remove()
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(results[0], before, rtol=1e-2, atol=1e-2)
+    assert seen.count("LayerNorm") == 4
+
+
 def test_layers_of_the_users_own(device: str) -> None:
     """Other normalisations, a subclass with its own forward, and one with a fused activation."""
 

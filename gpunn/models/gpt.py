@@ -112,6 +112,9 @@ class GPT(nn.Module):
             tokens of another shape or longer than ``n_positions``.
     """
 
+    needs_gpunn = True
+    """Its layers are called with residuals and positions: see ``gpunn.restore``."""
+
     def __init__(
         self,
         vocab_size: int = 50257,

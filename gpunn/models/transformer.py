@@ -71,6 +71,9 @@ class TranslationTransformer(nn.Module):
             than ``max_length``.
     """
 
+    needs_gpunn = True
+    """Its layers are called with residuals and positions: see ``gpunn.restore``."""
+
     def __init__(
         self,
         source_size: int,

@@ -50,7 +50,9 @@ def adopt(layer: torch.nn.Module) -> None:
 
 def _is_plain(part: str, module: Any) -> bool:
     """Whether a layer can be computed past its forward: it is none of the user's own making."""
-    return type(module) in FUSIBLE[part] and not any(vars(module).get(name) for name in CHANGES)
+    if type(module) not in FUSIBLE[part] or torch.nn.modules.module._has_any_global_hook():
+        return False
+    return not any(vars(module).get(name) for name in CHANGES)
 
 
 def _may_fuse(**modules: Any) -> bool:
