@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 import gpunn
-from checkpoint import CANNOT_RESUME, Loop, Part, digest, open_journal
+from checkpoint import CANNOT_RESUME, Loop, Part, digest, open_journal, what_ran
 from command_line import device_of, parser_for
 from digits_mlp import first_traced, progress_bar, threads
 from gpunn.models import GPT
@@ -348,7 +348,6 @@ def run(options: Options) -> Result:
     loss = loss_on(model, text.held_out)
     characters = guessing["guessing by characters"]
     expected = characters if options.expected is None else options.expected
-    options.out.mkdir(parents=True, exist_ok=True)
     picture = options.out / "learning_curve.png"
     figure = draw_learning_curve(curve, guessing, loss, expected)
     figure.savefig(picture, dpi=100, bbox_inches="tight", pad_inches=0.15)
@@ -382,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CANNOT_RESUME as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"A training step on {options.device} ran:\n{result.trace}")
+    print(what_ran(f"A training step on {options.device}", result.trace))
     print("Picture:", result.picture)
     for name, loss in result.guessing.items():
         print(f"Held-out loss of {name}: {loss:.3f} nats a character")

@@ -135,7 +135,6 @@ def draw_sheet(images: Sequence[tuple[str, torch.Tensor]], columns: int) -> Figu
 
 def save(figure: Figure, path: Path) -> Path:
     """As JPEG: in PNG, brush strokes take five times the bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.1, pil_kwargs={"quality": 88})
     return path
 
