@@ -351,7 +351,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     parser = parser_for(
         __doc__, "resnet_vs_plain", seed="the first, of everything random but the split",
         steps=f"mini-batches of each network (default: {STEPS}, which its rate is for)",
-        quick=f"only the depths {QUICK_DEPTHS}, and one seed (default)",
+        quick=f"only the depths {QUICK_DEPTHS}, and one seed unless --seeds says more",
     )  # fmt: skip
     parser.add_argument("--seeds", type=positive, help="how many, from --seed on (default: 3)")
     parser.add_argument(
