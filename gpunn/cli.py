@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo", help="networks that learn and draw what they learnt", allow_abbrev=False,
         add_help=False,
     )  # fmt: skip
-    demo.add_argument("-h", "--help", action="store_true", help="this, or of one NAME its own options")
+    own = "this, or of one NAME its own options"
+    demo.add_argument("-h", "--help", action="store_true", help=own)
     demo.add_argument("names", nargs="*", metavar="NAME", help="none: lists them; all: each")
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder of pictures and page")
     arguments, others = parser.parse_known_args(given)
