@@ -38,9 +38,10 @@ import torch
 
 import gpunn
 import gpunn.functional as GF
-from checkpoint import CANNOT_RESUME, Journal, open_journal
+from checkpoint import CANNOT_RESUME, Journal, open_journal, what_ran
 from command_line import device_of, parser_for
 from digits_mlp import (
+    MISREAD,
     Digits,
     batches,
     first_traced,
@@ -155,13 +156,13 @@ def learn_all(
 ) -> dict[Setting, Outcome]:
     """What becomes of each setting, where the journal does not know."""
     outcomes: dict[Setting, Outcome] = {}
-    with threads(1), progress_bar() as progress:
-        task = progress.add_task("", total=len(settings), loss=math.nan)
+    with threads(1), progress_bar(live=MISREAD) as progress:
+        task = progress.add_task("", total=len(settings), misread=math.nan)
         for setting in settings:
             part, trace = journal.part(str(setting)), gpunn.Trace()
             gradients, accuracy = part.once(learn, setting, digits, seed, steps, trace)
             outcomes[setting] = Outcome(gradients, accuracy, trace)
-            progress.update(task, advance=1, loss=1 - accuracy)
+            progress.update(task, advance=1, misread=1 - accuracy)
     return outcomes
 
 
@@ -302,11 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "gradients.png": draw_gradients(outcomes),
         "accuracies.png": draw_accuracies(outcomes),
     }
-    given.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(given.out / name, dpi=90, bbox_inches="tight", pad_inches=0.15)
     bare, repaired = (outcomes[Setting("sigmoid", "Xavier", n)] for n in (False, True))
-    print(f"A training step with batch normalisation on {device} ran:\n{repaired.trace}")
+    print(what_ran(f"A training step with batch normalisation on {device}", repaired.trace))
     print(f"Derivatives differ from the formulas by {apart:.1e} at most.")
     print(
         f"Sigmoid, Xavier: gradient of layer 1 over that of layer {LAYERS}: "

@@ -269,7 +269,6 @@ def run(options: Options, journal: Journal) -> tuple[list[Point], list[Path]]:
         "filters.png": draw_filters(first.detach().cpu()),
         "learning_curve.png": draw_learning_curve(curve, options.expected),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(options.out / name, dpi=100, bbox_inches="tight", pad_inches=0.15)
     return curve, [options.out / name for name in figures]

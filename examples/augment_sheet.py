@@ -190,7 +190,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with gpunn.trace() as trace:
         rows = draw_rows(device, columns, given.seed)
     print(trace)
-    given.out.mkdir(parents=True, exist_ok=True)
     picture = given.out / "sheet.jpg"
     draw(rows).savefig(picture, dpi=90, bbox_inches="tight", pad_inches=0.1)
     print("Picture:", picture)

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
+import gpunn
 from processes import Processes
 
 HEADER = b"gpunn checkpoint 1\n"
@@ -212,6 +213,13 @@ def open_journal(out: Path, resume: bool, chosen: dict[str, Any]) -> Journal:
     if resume:
         print(journal.resume(), file=sys.stderr)
     return journal
+
+
+def what_ran(step: str, trace: gpunn.Trace) -> str:
+    """What a step of that kind ran, to be printed; the trace of one that was not taken is empty."""
+    if trace.launches or trace.fallbacks:
+        return f"{step} ran:\n{trace}"
+    return f"{step}: none was taken, as all was in the checkpoint"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +15,19 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
     return value
+
+
+def folder(text: str) -> Path:
+    """A folder that can be written into; it is made here, so that no work is done for nothing."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"cannot write into {path}: {error.strerror or error}"
+        ) from None
 
 
 def parser_for(
@@ -33,7 +47,8 @@ def parser_for(
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda")
     parser.add_argument("--seed", type=int, default=0, help=seed)
     parser.add_argument("--steps", type=positive, help=steps)
-    parser.add_argument("--out", type=Path, default=Path("out", name), help="pictures' folder")
+    out = str(Path("out", name))  # argparse gives a default to its type only if it is text
+    parser.add_argument("--out", type=folder, default=out, help="pictures' folder")
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--resume", action="store_true", help=resume)
     return parser
@@ -46,6 +61,8 @@ def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         parser.error(f"--device: expected auto, cpu or cuda, got {name}")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device: {name} was asked for, but PyTorch finds no CUDA device here")

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 import gpunn
-from checkpoint import CANNOT_RESUME, Loop, Part, open_journal
+from checkpoint import CANNOT_RESUME, Loop, Part, open_journal, what_ran
 from command_line import device_of, parser_for
 from gpunn import nn
 
@@ -59,6 +59,8 @@ MOMENTUM = 0.9
 STEPS, EXPECTED = 1500, 0.97
 QUICK_STEPS, QUICK_EXPECTED = 200, 0.95
 SAVE_EVERY = 100
+MISREAD = "misread {task.fields[misread]:.1%}"
+"""Live where the bar counts whole networks: the share of the held-out images."""
 
 
 @dataclass(frozen=True)
@@ -331,7 +333,6 @@ def draw(curve: Sequence[Point], model: nn.Module, digits: Digits, options: Opti
         "confusion_matrix.png": draw_confusion_matrix(logits.argmax(1), truth),
         "wrong_answers.png": draw_wrong_answers(images, logits, truth),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(options.out / name, dpi=100, bbox_inches="tight", pad_inches=0.15)
     return [options.out / name for name in figures]
@@ -373,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CANNOT_RESUME as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"A training step on {options.device} ran:\n{result.trace}")
+    print(what_ran(f"A training step on {options.device}", result.trace))
     print("Pictures:", *result.pictures)
     print(f"Held-out accuracy: {result.accuracy:.1%} (expected: at least {options.expected:.0%})")
     return 0

@@ -91,7 +91,6 @@ def run(device: torch.device, out: Path, step: int) -> Result:
     brightness = torch.from_numpy(pixels.mean(axis=2)).to(device)
     with gpunn.trace() as trace:
         edges = find_edges(brightness)
-    out.mkdir(parents=True, exist_ok=True)
     picture = out / "edges.jpg"
     draw(pixels, edges).savefig(picture, dpi=80, bbox_inches="tight", pad_inches=0.1)
     return Result(edges, largest_difference(edges, brightness), trace, picture)

@@ -52,7 +52,7 @@ from typing import Any
 import torch
 
 import gpunn
-from checkpoint import CANNOT_RESUME, Checkpoints, go_on, save
+from checkpoint import CANNOT_RESUME, Checkpoints, go_on, save, what_ran
 from command_line import device_of, parser_for
 from digits_mlp import progress_bar, threads
 from gan_judge import N_DIGITS, Images, Judge, large_digits, small_digits
@@ -122,7 +122,6 @@ def draw(training: Training, judge: Judge, options: Options) -> list[Path]:
         "walk.png": draw_walk(training),
         "curves.png": draw_curves(training, judge, options.setting.expected * judge.real_score),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(options.out / name, dpi=90, bbox_inches="tight", pad_inches=0.15)
     return [options.out / name for name in figures]
@@ -171,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result is None:
         return 0
     judge, last = result.judge, result.training.curve[-1]
-    print(f"A step of each network on {options.device} ran:\n{result.trace}")
+    print(what_ran(f"A step of each network on {options.device}", result.trace))
     print(f"Data: {result.images.source}. The judge reads {judge.accuracy:.1%} of those held out.")
     print("Pictures:", *result.pictures)
     expected = options.setting.expected * judge.real_score

@@ -22,8 +22,10 @@ Every 50 steps a checkpoint is written to FOLDER/checkpoints, and ``--resume`` g
 last one with nothing lost: on a CPU the weights are those of a run that was not interrupted, bit
 for bit.
 
-Paper: Radford et al., "Language models are unsupervised multitask learners", 2019. Text: the Python
-documentation, in the version of the Python that runs this, PSF licence.
+Papers: Radford et al., "Language models are unsupervised multitask learners", 2019; the optimiser's
+settings: Brown et al., "Language models are few-shot learners", 2020, appendix B,
+https://arxiv.org/abs/2005.14165. Text: the Python documentation, in the version of the Python that
+runs this, PSF licence.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from typing import Any
 import torch
 
 import gpunn
-from checkpoint import CANNOT_RESUME, Loop, Part, digest, open_journal
+from checkpoint import CANNOT_RESUME, Loop, Part, digest, open_journal, what_ran
 from command_line import device_of, parser_for
 from digits_mlp import first_traced, progress_bar, threads
 from gpunn.models import GPT
@@ -58,27 +60,13 @@ INITIAL = 0.06  # deviation of the first weights; GPT-2's 0.02 is for six times 
 LEARNING_RATE = 3e-3  # after a linear warm-up; it falls to a twentieth in half a cosine
 WARM_UP = 50
 WEIGHT_DECAY = 0.1  # of matrices
-CLIP = 1.0  # the gradient's largest norm
+CLIP = 1.0  # the gradient's largest norm, GPT-3's
 HELD_OUT = 0.1
 N_MEASURED = 64  # windows of either part, for a point of the curve
 TEMPERATURE, TOP_P = 0.8, 0.95
 STEPS, EXPECTED = 1000, 1.55
 QUICK_STEPS, QUICK_EXPECTED = 80, 2.7
 SAVE_EVERY = 50
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line chooses."""
-
-    device: torch.device
-    seed: int
-    steps: int
-    out: Path
-    text: Path | None
-    expected: float | None
-    """None: what guessing by the frequencies of characters reaches."""
-    resume: bool
 
 
 @dataclass(frozen=True)
@@ -92,6 +80,20 @@ class Text:
     def decoded(self, tokens: torch.Tensor) -> str:
         """The characters of these numbers."""
         return "".join(self.characters[i] for i in tokens.tolist())
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chooses."""
+
+    device: torch.device
+    seed: int
+    steps: int
+    out: Path
+    text: Text
+    expected: float | None
+    """None: what guessing by the frequencies of characters reaches."""
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def load(text: str, device: torch.device | str) -> Text:
     n_train = len(tokens) - int(HELD_OUT * len(tokens))
     if len(tokens) - n_train <= CONTEXT:
         raise ValueError(
-            f"--text: expected more than {int(CONTEXT / HELD_OUT)} characters, of which a tenth is "
+            f"expected more than {int(CONTEXT / HELD_OUT)} characters, of which a tenth is "
             f"held out, got {len(tokens)} without repetitions"
         )
     return Text(characters, tokens[:n_train], tokens[n_train:])
@@ -187,7 +189,7 @@ def build(text: Text) -> GPT:
 def optimizer_for(
     model: GPT, steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW with GPT-2's settings for small models, and its learning rate over the run."""
+    """AdamW with GPT-3's betas and weight decay, and its learning rate over the run."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -329,8 +331,7 @@ def draw_learning_curve(
 
 def run(options: Options) -> Result:
     """Train, measure and draw."""
-    source = reference() if options.text is None else options.text.read_text(encoding="utf-8")
-    text = load(source, options.device)
+    text = options.text
     guessing = {
         "guessing by characters": loss_of_guessing(text, 0),
         "guessing by pairs": loss_of_guessing(text, 1),
@@ -348,7 +349,6 @@ def run(options: Options) -> Result:
     loss = loss_on(model, text.held_out)
     characters = guessing["guessing by characters"]
     expected = characters if options.expected is None else options.expected
-    options.out.mkdir(parents=True, exist_ok=True)
     picture = options.out / "learning_curve.png"
     figure = draw_learning_curve(curve, guessing, loss, expected)
     figure.savefig(picture, dpi=100, bbox_inches="tight", pad_inches=0.15)
@@ -364,11 +364,14 @@ def parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--text", type=Path, help="a file to learn from (UTF-8)")
     given = parser.parse_args(argv)
     usual, figure = (QUICK_STEPS, QUICK_EXPECTED) if given.quick else (STEPS, EXPECTED)
-    if given.text is not None and not given.text.is_file():
-        parser.error(f"--text: no such file: {given.text}")
     expected = figure if given.text is None and given.steps is None else None
     device, steps = device_of(parser, given.device), given.steps or usual
-    return Options(device, given.seed, steps, given.out, given.text, expected, given.resume)
+    try:
+        source = reference() if given.text is None else given.text.read_text(encoding="utf-8")
+        text = load(source, device)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        parser.error(f"--text: {error}")
+    return Options(device, given.seed, steps, given.out, text, expected, given.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -382,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CANNOT_RESUME as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"A training step on {options.device} ran:\n{result.trace}")
+    print(what_ran(f"A training step on {options.device}", result.trace))
     print("Picture:", result.picture)
     for name, loss in result.guessing.items():
         print(f"Held-out loss of {name}: {loss:.3f} nats a character")

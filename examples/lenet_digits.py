@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import digits_mlp
 import gpunn
-from checkpoint import CANNOT_RESUME, Loop, Part, open_journal
+from checkpoint import CANNOT_RESUME, Loop, Part, open_journal, what_ran
 from command_line import device_of, parser_for
 from digits_mlp import Digits, Options, Point, Result, batches
 from gpunn import models
@@ -176,7 +176,6 @@ def run(options: Options, *, modern: bool = False) -> Result:
     chosen = variant(modern=modern)
     chosen.model.to(options.device)
     curve, trace = train(chosen, digits, options, journal.part("training"))
-    options.out.mkdir(parents=True, exist_ok=True)
     figures = pictures(curve, chosen.model, digits, options.expected)
     for name, figure in figures.items():
         figure.savefig(options.out / name, dpi=100, bbox_inches="tight", pad_inches=0.15)
@@ -207,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CANNOT_RESUME as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"A training step on {options.device} ran:\n{result.trace}")
+    print(what_ran(f"A training step on {options.device}", result.trace))
     print("Pictures:", *result.pictures)
     print(f"Held-out accuracy: {result.accuracy:.1%} (expected: at least {options.expected:.0%})")
     return 0

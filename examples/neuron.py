@@ -302,7 +302,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             counts = {n: starts_that_learn(n, steps, device) for n in (2, HIDDEN)}
     print(f"A forward and backward pass on {device} ran:\n{trace}")
     right = tell(by_hand, learned, device)
-    given.out.mkdir(parents=True, exist_ok=True)
     pictures = {
         "gates.png": draw_gates(by_hand, learned),
         "xor.png": draw_xor(learned["XOR"], counts),

@@ -32,7 +32,6 @@ quarter held out.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -44,9 +43,18 @@ import torch
 import torch.nn.functional as F
 
 import gpunn
-from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal
+from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal, what_ran
 from command_line import device_of, parser_for, positive
-from digits_mlp import Digits, batches, first_traced, load, predict, threads, train_step
+from digits_mlp import (
+    Digits,
+    batches,
+    first_traced,
+    load,
+    predict,
+    progress_bar,
+    threads,
+    train_step,
+)
 from gpunn import nn
 from gpunn.models import resnet_cifar
 
@@ -54,7 +62,6 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
     from sklearn.model_selection import StratifiedKFold
 except ModuleNotFoundError as error:
@@ -171,7 +178,7 @@ def learn(
     steps: int,
     part: Part,
     trace: gpunn.Trace,
-    after_step: Callable[[], None] = lambda: None,
+    told: Callable[[float], None] = lambda loss: None,
 ) -> tuple[float, float]:
     """Build a network and train it: the loss in the last third of its steps, and the accuracy.
 
@@ -188,7 +195,7 @@ def learn(
         with first_traced(trace):
             loss = train_step(model, optimizer, images.train_x[batch], images.train_y[batch])
         loop.curve.append(loss)
-        after_step()
+        told(loss)
     said = predict(model, images.held_out_x).argmax(1)
     accuracy = (said == images.held_out_y).double().mean().item()
     return float(np.mean(loop.curve[-max(1, steps // 3) :])), accuracy
@@ -227,17 +234,17 @@ def learn_all(options: Options, images: Digits, journal: Journal) -> list[Outcom
         Network(depth, residual, seed, RATES[depth, residual])
         for seed, depth, residual in itertools.product(options.seeds, options.depths, KINDS)
     ]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     outcomes: list[Outcome] = []
-    with threads(1), Progress(*columns, TimeElapsedColumn()) as progress:
-        task = progress.add_task("", total=len(networks) * options.steps)
-        after_step = functools.partial(progress.advance, task)
+    with threads(1), progress_bar("{task.description}") as progress:
+        task = progress.add_task("", total=len(networks) * options.steps, loss=float("nan"))
+
+        def told(loss: float) -> None:
+            progress.update(task, advance=1, loss=loss)
+
         for i, network in enumerate(networks):
             progress.update(task, description=str(network), completed=i * options.steps)
             part, trace = journal.part(str(network)), gpunn.Trace()
-            loss, accuracy = part.once(
-                learn, network, images, options.steps, part, trace, after_step
-            )
+            loss, accuracy = part.once(learn, network, images, options.steps, part, trace, told)
             outcomes.append(
                 Outcome(network.depth, network.residual, network.seed, loss, accuracy, trace)
             )
@@ -309,7 +316,6 @@ def run(options: Options, journal: Journal) -> Result:
         residual: gradient_norms(build(deepest, residual, seed, options.device), images)
         for residual in KINDS
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     pictures = [options.out / "depth.png", options.out / "gradients.png"]
     result = Result(learn_all(options, images, journal), gradients, pictures)
     for path, figure in zip(
@@ -345,14 +351,15 @@ def parse(argv: Sequence[str] | None) -> Options:
     parser = parser_for(
         __doc__, "resnet_vs_plain", seed="the first, of everything random but the split",
         steps=f"mini-batches of each network (default: {STEPS}, which its rate is for)",
-        quick=f"only the depths {QUICK_DEPTHS}, and one seed",
+        quick=f"only the depths {QUICK_DEPTHS}, and one seed unless --seeds says more",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=positive, default=3, help="how many, from --seed on")
+    parser.add_argument("--seeds", type=positive, help="how many, from --seed on (default: 3)")
     parser.add_argument(
         "--choose-rates", action="store_true", help="only compare learning rates: 6 minutes"
     )
     given = parser.parse_args(argv)
-    seeds = range(given.seed, given.seed + (1 if given.quick else given.seeds))
+    n_seeds = given.seeds or (1 if given.quick else 3)
+    seeds = range(given.seed, given.seed + n_seeds)
     depths = QUICK_DEPTHS if given.quick else DEPTHS
     device, steps = device_of(parser, given.device), given.steps or STEPS
     return Options(device, seeds, steps, depths, given.out, given.choose_rates, given.resume)
@@ -379,8 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = run(options, journal)
     last = result.outcomes[-1]
     network = f"{last.depth} {KINDS[last.residual]} layers"
-    print(f"A training step of {network} on {options.device} ran:")
-    print(last.trace)
+    print(what_ran(f"A training step of {network} on {options.device}", last.trace))
     Console().print(table_of(result, options))
     print("Pictures:", *result.pictures)
     deep = [depth for depth in result.depths() if depth >= DEEP]

@@ -135,14 +135,13 @@ def draw_sheet(images: Sequence[tuple[str, torch.Tensor]], columns: int) -> Figu
 
 def save(figure: Figure, path: Path) -> Path:
     """As JPEG: in PNG, brush strokes take five times the bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.1, pil_kwargs={"quality": 88})
     return path
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line chooses; all images have the setting's size."""
+    """What the command line chooses; images have the setting's size, where nothing is said."""
 
     device: torch.device
     seed: int
@@ -150,6 +149,8 @@ class Options:
     out: Path
     photographs: dict[str, torch.Tensor]
     painting: torch.Tensor
+    known: list[torch.Tensor]
+    """What a network learns from, beside the painting, in its files' size."""
     vgg: FeatureNetwork | None
     dreams: bool
     usual: bool
@@ -173,8 +174,8 @@ def networks_for(options: Options, journal: Journal) -> list[FeatureNetwork]:
     """VGG-19 if it was given; or else a network trained here and a random one, calibrated."""
     if options.vgg is not None:
         return [options.vgg]
-    known = options.photographs | sample_photographs() | {PAINTING.stem: options.painting}
-    images = [resized(image.cpu(), TRAINING_SIDE) for image in known.values()]
+    known = [*options.known, options.painting.cpu()]
+    images = [resized(image, TRAINING_SIDE) for image in known]
     steps = options.setting.training_steps
     part = journal.part("training")
     trained = trained_network(images, steps, options.seed, options.device, part)
@@ -263,7 +264,8 @@ def parse(argv: Sequence[str] | None) -> Options:
     """The options of a command line."""
     parser = parser_for(
         __doc__, "style_transfer", seed="of everything random",
-        steps=f"at each of two sizes (default: {FULL.steps})", quick="one picture, half the size",
+        steps=f"of a picture or dream, at each size (default: {FULL.steps}, {FULL.dream_steps})",
+        quick="one picture, half the size",
     )  # fmt: skip
     parser.add_argument("--content", type=Path, help="a photograph, for the two that are here")
     parser.add_argument("--style", type=Path, default=PAINTING, help="a painting, for Van Gogh's")
@@ -271,12 +273,17 @@ def parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--dream", action="store_true", help="amplify what a layer sees")
     given = parser.parse_args(argv)
     setting = QUICK if given.quick else FULL
-    setting = replace(setting, steps=given.steps or setting.steps)
-    device = device_of(parser, given.device)
-    chosen = dict(itertools.islice(sample_photographs().items(), setting.n_photographs))
+    if given.steps is not None:
+        setting = replace(setting, **{"dream_steps" if given.dream else "steps": given.steps})
+    device, samples = device_of(parser, given.device), sample_photographs()
+    chosen = dict(itertools.islice(samples.items(), setting.n_photographs))
     if given.content is not None:
         chosen = {given.content.stem: image_for(parser, "--content", given.content)}
-    painting = resized(image_for(parser, "--style", given.style), setting.side).to(device)
+    style = image_for(parser, "--style", given.style)
+    # By their pixels: another photograph can have the name of one of the samples.
+    known = {digest([image]): image for image in (*chosen.values(), *samples.values())}
+    known.pop(digest([style]), None)
+    painting = resized(style, setting.side).to(device)
     photographs = {k: resized(image, setting.side).to(device) for k, image in chosen.items()}
     try:
         vgg = vgg19_network(given.weights).to(device) if given.weights is not None else None
@@ -284,8 +291,8 @@ def parse(argv: Sequence[str] | None) -> Options:
         parser.error(f"--weights: {error}")
     usual = given.content is None and given.style == PAINTING and vgg is None
     return Options(
-        device, given.seed, setting, given.out, photographs, painting, vgg, given.dream, usual,
-        given.resume,
+        device, given.seed, setting, given.out, photographs, painting, list(known.values()), vgg,
+        given.dream, usual, given.resume,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ import torch
 
 import gpunn
 from bible_verses import FOLDER, bible_verses
-from checkpoint import CANNOT_RESUME
+from checkpoint import CANNOT_RESUME, what_ran
 from command_line import device_of, parser_for
 from digits_mlp import threads
 from gpunn.models import TranslationTransformer
@@ -244,7 +244,6 @@ def measure(
         ),
         **draw_attention(model, corpus, layer),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(options.out / name, dpi=100, bbox_inches="tight", pad_inches=0.15)
     return Result(
@@ -273,7 +272,7 @@ def report(result: Result, corpus: Corpus, task: Task, device: torch.device) -> 
     for pair, said in list(zip(corpus.held_out.pairs, result.said, strict=True))[:N_SHOWN]:
         right = "right" if said == pair.target else f"wrong: {sentence(pair.target)}"
         print(f"{sentence(pair.source)} -> {sentence(said)} ({right})")
-    print(f"A training step on {device} ran:\n{result.trace}")
+    print(what_ran(f"A training step on {device}", result.trace))
     print("Pictures:", *result.pictures)
     layer, head = result.head
     print(

@@ -41,9 +41,10 @@ from pathlib import Path
 import torch
 
 import gpunn
-from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal
+from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal, what_ran
 from command_line import device_of, parser_for, positive
 from digits_mlp import (
+    MISREAD,
     Digits,
     batches,
     first_traced,
@@ -259,8 +260,8 @@ def run(options: Options, journal: Journal) -> Result:
     result = Result({name: ([], []) for name in TRICKS}, [], gpunn.Trace())
     digits = {name: trick.load(options.device) for name, trick in TRICKS.items()}
     tried = list(itertools.product(TRICKS.items(), options.seeds, (False, True)))
-    with threads(1), progress_bar() as progress:
-        task = progress.add_task("", total=len(tried), loss=float("nan"))
+    with threads(1), progress_bar(live=MISREAD) as progress:
+        task = progress.add_task("", total=len(tried), misread=float("nan"))
         for (name, trick), seed, on in tried:
             part = journal.part(f"{'with' if on else 'without'} {name}, seed {seed}")
             trace = gpunn.Trace()
@@ -272,7 +273,7 @@ def run(options: Options, journal: Journal) -> Result:
                 result.bagged.append(bagged)
             result.trace.launches.extend(trace.launches)
             result.trace.fallbacks.extend(trace.fallbacks)
-            progress.update(task, advance=1, loss=1 - accuracy)
+            progress.update(task, advance=1, misread=1 - accuracy)
     return result
 
 
@@ -357,10 +358,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     result = run(options, journal)
     figures = {"tricks.png": draw_tricks(result), "bagging.png": draw_bagging(result)}
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(options.out / name, dpi=90, bbox_inches="tight", pad_inches=0.15)
-    print(f"The first training step of each network on {options.device} ran:\n{result.trace}")
+    print(what_ran(f"The first training step of each network on {options.device}", result.trace))
     for name, (without, with_) in result.accuracies.items():
         shown = ", ".join(f"{a:.1%} to {b:.1%}" for a, b in zip(without, with_, strict=True))
         print(f"{name}: from {shown}")

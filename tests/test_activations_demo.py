@@ -27,6 +27,7 @@ def test_the_quick_demo_shows_what_batch_normalisation_repairs(
     with gpunn.backend("torch"):
         assert demo.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
+    assert re.search(r"training .* misread \d+\.\d%", shown), "the bar is not of what it shows"
     assert re.search(r"gradient of layer 1 over that of layer 10: \d\.\de-0[5-9]", shown)
     last = shown.splitlines()[-1]
     said = re.fullmatch(

@@ -224,7 +224,9 @@ def test_a_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch
     [
         (["--steps", "0"], "--steps: expected 1 or more, got 0"),
         (["--device", "abacus"], "--device: expected auto, cpu or cuda, got abacus"),
+        (["--device", "meta"], "--device: expected auto, cpu or cuda, got meta"),
         (["--device", "cuda"], "PyTorch finds no CUDA device"),
+        (["--steps", "1", "--out", "/dev/null/x"], "--out: cannot write into /dev/null/x: "),
     ],
 )
 def test_bad_options_are_refused(

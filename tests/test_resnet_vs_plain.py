@@ -32,6 +32,7 @@ def test_deep_residual_networks_learn_where_plain_ones_do_not(
         assert demo.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "31 × batch_norm           torch  backend('torch')" in shown
+    assert re.search(r"plain, 32 layers, .* loss \d\.\d+", shown), "the bar has no live loss"
     last = shown.splitlines()[-1]
     said = re.fullmatch(
         r"Residual over plain at depth 32: ([+-][\d.]+) points or more "
@@ -125,3 +126,14 @@ def test_no_seeds_are_refused(demo: ModuleType, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         demo.main(["--seeds", "0"])
     assert "--seeds: expected 1 or more, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "n_seeds"),
+    [([], 3), (["--quick"], 1), (["--seeds", "2"], 2), (["--quick", "--seeds", "2"], 2)],
+)
+def test_as_many_seeds_as_are_asked_for(
+    demo: ModuleType, options: list[str], n_seeds: int, tmp_path: Path
+) -> None:
+    parsed = demo.parse(["--seed", "5", "--device", "cpu", "--out", str(tmp_path), *options])
+    assert parsed.seeds == range(5, 5 + n_seeds)

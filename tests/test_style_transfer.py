@@ -263,6 +263,31 @@ def test_what_cannot_be_resumed_is_refused(
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("options", "steps"), [([], (7, 2)), (["--dream"], (10, 7))])
+def test_steps_are_of_what_is_made(
+    demo: ModuleType, options: list[str], steps: tuple[int, int], tmp_path: Path
+) -> None:
+    setting = demo.parse(["--quick", "--steps", "7", "--out", str(tmp_path), *options]).setting
+    assert (setting.steps, setting.dream_steps) == steps
+
+
+@pytest.mark.parametrize(("name", "n"), [("china.png", 4), (None, 3)])
+def test_ones_own_photograph_is_learnt_from(
+    demo: ModuleType, name: str | None, n: int, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Though one of scikit-learn's has its name; and the painting once, if it is content, too."""
+    learnt = list[torch.Tensor]()
+    monkeypatch.setattr(demo, "trained_network", lambda images, *_: learnt.extend(images))
+    monkeypatch.setattr(demo, "calibrated", lambda *_: None)
+    content = demo.PAINTING if name is None else picture_of(tmp_path / name, 250, 300)
+    options = demo.parse(["--out", str(tmp_path), "--content", str(content)])
+    demo.networks_for(options, demo.open_journal(tmp_path, False, {}))
+    own = demo.resized(demo.read_image(content), demo.TRAINING_SIDE)
+    assert len(learnt) == n
+    assert any(image.shape == own.shape and (image - own).std() < 0.05 for image in learnt)
+
+
 @pytest.fixture(scope="module")
 def vgg_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file as torchvision's of VGG-19, with random convolutions and stand-ins of dense layers."""

@@ -31,6 +31,7 @@ def test_every_trick_helps(
         arguments = ["--quick", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path)]
         assert tricks.main(arguments) == 0
     shown = capsys.readouterr().out
+    assert re.search(r"training .* misread \d+\.\d%", shown), "the bar is not of what it shows"
     last = shown.splitlines()[-1]
     said = re.fullmatch(
         r"Least mean gain of a trick: ([+-][\d.]+) points \(expected: at least ([+-][\d.]+)\)", last
