@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -196,6 +197,20 @@ def test_tiles_fit_the_chip() -> None:
     launch = product.choose_launch(problem)
     assert product.fits(launch, problem)
     assert not product.fits(product.DESCRIPTOR_TILES_16_BIT[0], problem)
+
+
+def test_more_rows_than_are_counted_are_torchs(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("gpunn.functional.linear"), "MOST_ROWS", 5)
+    x, weight = torch.randn(2, 3, 4, device=device), torch.randn(5, 4, device=device)
+    with gpunn.trace() as trace, gpunn.backend("auto"):
+        y = GF.linear(x, weight, activation="relu")
+        GF.linear(x[0], weight, activation="relu")
+    torch.testing.assert_close(y, F.linear(x, weight).relu())
+    reason = "no kernel for more rows than 32 bits count"
+    assert [fallback.reason for fallback in trace.fallbacks] == [reason]
+    assert trace.launches
 
 
 def test_the_choice_of_tiles() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,9 @@ from gpunn.kernels.linear import (
     saves,
 )
 from gpunn.kernels.philox import draw_seed
+
+MOST_ROWS = 2**31 - 2**10
+"""Which kernels count in 32 bits, to the end of the last tile."""
 
 
 def _composed(
@@ -176,6 +180,8 @@ def _special(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         return "the weight is a vector"
     if bias is not None and (bias.dim() == 0 or bias.shape == (1,) != weight.shape[:1]):
         return "the bias is a scalar"
+    if math.prod(input.shape[:-1]) > MOST_ROWS:
+        return "no kernel for more rows than 32 bits count"
     return None
 
 
