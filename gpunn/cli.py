@@ -27,14 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         add_arguments(profile)
     demo = commands.add_parser(
-        "demo", help="networks that learn and draw what they learnt", allow_abbrev=False
-    )
+        "demo", help="networks that learn and draw what they learnt", allow_abbrev=False,
+        add_help=False,
+    )  # fmt: skip
+    own = "this, or of one NAME its own options"
+    demo.add_argument("-h", "--help", action="store_true", help=own)
     demo.add_argument("names", nargs="*", metavar="NAME", help="none: lists them; all: each")
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder of pictures and page")
     arguments, others = parser.parse_known_args(given)
     if others and arguments.command != "demo":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if arguments.command == "demo":
+        if arguments.help and (len(arguments.names) != 1 or arguments.names == ["all"]):
+            demo.print_help()
+            return 0
+        others += ["--help"] * arguments.help
         return run_demo_command(arguments.names, others, arguments.out, parser.error)
     if arguments.command == "doctor":
         from gpunn.doctor import report
@@ -76,7 +83,8 @@ def run_demo_command(
 
     for name in names:
         if name not in (*demo.DEMOS, "all"):
-            refuse(f"unknown demo {name!r}; known are {', '.join(demo.DEMOS)}, all")
+            order = "; names come before a demo's options" if options else ""
+            refuse(f"unknown demo {name!r}{order}; known are {', '.join(demo.DEMOS)}, all")
     if not names:
         print(demo.listing())
         return 0

@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+from urllib.parse import quote
 
 SAID = "said.txt"
 """In a demo's folder: the command, and the last line that it printed."""
@@ -160,9 +161,9 @@ def section(name: str, drawn: Path) -> str:
     lines += [f'<p class="said">{html.escape(last)}</p>', f"<p><code>{html.escape(command)}</code>"]
     pictures = [path for path in drawn.iterdir() if path.suffix in (".png", ".jpg")]
     for picture in sorted(pictures, key=lambda path: (path.stat().st_mtime_ns, path)):
-        caption = picture.stem.replace("_", " ")
+        caption, source = html.escape(picture.stem.replace("_", " ")), quote(picture.name)
         lines.append(
-            f'<figure><img src="{name}/{picture.name}" alt="{caption}">'
+            f'<figure><img src="{name}/{source}" alt="{caption}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
     return "\n".join([*lines, "</section>"])

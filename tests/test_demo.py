@@ -7,6 +7,7 @@ import os
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -46,12 +47,13 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.text, self.pictures = "", list[str]()
+        self.text, self.pictures, self.alternatives = "", list[str](), list[str]()
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "img":
             self.pictures.append(dict(attrs)["src"] or "")
+            self.alternatives.append(dict(attrs)["alt"] or "")
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -141,10 +143,40 @@ def test_pictures_stand_in_the_order_in_which_they_were_drawn(tmp_path: Path) ->
     assert names == ["first", "a_picture", "last"]
 
 
+@pytest.mark.usefixtures("small")
+def test_any_name_of_a_picture_is_shown(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["demo", "small", "--out", str(out)]) == 0
+    picture = (out / "small" / "a_picture.png").rename(out / "small" / 'a #1 "q"<b>&?%20.jpg')
+    page = Page(demo.write_page(out))
+    (source,) = page.pictures
+    assert out / unquote(source) == picture
+    assert not set('#?"<> ') & set(source)
+    assert 'a #1 "q"<b>&?%20' in page.text
+    assert page.alternatives == [picture.stem]
+
+
+@pytest.mark.usefixtures("small")
+def test_help_of_one_demo_is_its_own(tmp_path: Path, capsys: Capture) -> None:
+    """Of none, more or all, it is the command's."""
+    assert main(["demo", "small", "--help", "--out", str(tmp_path)]) == 0
+    assert "told --help" in capsys.readouterr().out
+    for names in ([], ["small", "small"], ["all"]):
+        assert main(["demo", *names, "-h"]) == 0
+        shown = capsys.readouterr().out
+        assert "usage: gpunn demo" in shown
+        assert "told" not in shown
+
+
 def test_an_unknown_demo_is_refused(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["demo", "nonsense"])
-    assert "unknown demo 'nonsense'; known are neuron" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unknown demo 'nonsense'; known are neuron" in said
+    assert "options" not in said.rsplit("\n", 2)[-2]
+    with pytest.raises(SystemExit):
+        main(["demo", "--steps", "1", "--quick", "neuron"])
+    assert "unknown demo '1'; names come before a demo's options" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["doctor", "--seed", "1"])
     assert "unrecognized arguments: --seed 1" in capsys.readouterr().err
