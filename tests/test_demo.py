@@ -157,9 +157,9 @@ def test_any_name_of_a_picture_is_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_help_of_one_demo_is_its_own(capsys: Capture) -> None:
+def test_help_of_one_demo_is_its_own(tmp_path: Path, capsys: Capture) -> None:
     """Of none, more or all, it is the command's."""
-    assert main(["demo", "small", "--help"]) == 0
+    assert main(["demo", "small", "--help", "--out", str(tmp_path)]) == 0
     assert "told --help" in capsys.readouterr().out
     for names in ([], ["small", "small"], ["all"]):
         assert main(["demo", *names, "-h"]) == 0
