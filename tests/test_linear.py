@@ -209,7 +209,7 @@ def test_more_rows_than_are_counted_are_torchs(
         GF.linear(x[0], weight, activation="relu")
     torch.testing.assert_close(y, F.linear(x, weight).relu())
     reason = "no kernel for more rows than 32 bits count"
-    assert [fallback.reason for fallback in trace.fallbacks] == [reason]
+    assert [fallback.reason for fallback in trace.fallbacks].count(reason) == 1
     assert trace.launches
 
 
