@@ -198,7 +198,7 @@ def _forward_fake(
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? mask_batches, "
     "Tensor? seed, Tensor? starts_q, Tensor? starts_k, SymInt n_queries, SymInt n_keys, "
-    "float scale, float softcap, float dropout_p, int before, int after, bool lower_right"
+    "float scale, float softcap, float dropout_p, SymInt before, SymInt after, bool lower_right"
 )
 
 

@@ -120,6 +120,57 @@ def test_exported_with_a_length_that_changes(name: str, device: str) -> None:
     torch.testing.assert_close(program.module()(second), layer(second))
 
 
+@pytest.mark.usefixtures("one_precision")
+def test_a_loss_of_logits_is_exported_with_a_batch_that_changes(device: str) -> None:
+    layer = gpunn.nn.LinearCrossEntropyLoss(4, 7).to(device)
+    batches = [
+        (torch.randn(n, 4, device=device), torch.randint(7, (n,), device=device)) for n in (5, 9)
+    ]
+    first, second = batches
+    rows = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(layer, first, dynamic_shapes=(rows, rows))
+    torch.testing.assert_close(program.module()(*second), layer(*second))
+
+
+class Masked(torch.nn.Module):
+    """As many bits as its input has elements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return GF.dropout_mask(x.shape, 0.5, device=x.device)
+
+
+@pytest.mark.usefixtures("one_precision")
+def test_a_dropout_mask_is_exported_with_a_length_that_changes(device: str) -> None:
+    first, second = (torch.randn(n, 4, device=device) for n in (5, 9))
+    rows = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Masked(), (first,), dynamic_shapes=(rows,))
+    assert program.module()(second).shape == Masked()(second).shape == (5,)
+
+
+class Windowed(torch.nn.Module):
+    """Attention to as many positions back as half of the length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = x.shape[-2] // 2, 0
+        y: Tensor = GF.scaled_dot_product_attention(x, x, x, window=window)
+        return y
+
+
+@pytest.mark.usefixtures("one_precision")
+def test_a_window_follows_a_length_that_changes(device: str) -> None:
+    """Exported, and compiled with gradients."""
+    torch._dynamo.reset()
+    layer, (first, *others) = Windowed(), (torch.randn(2, n, 4, device=device) for n in (6, 9, 13))
+    lengths = ({1: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(layer, (first,), dynamic_shapes=lengths).module()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for x in others:
+        torch.testing.assert_close(exported(x), layer(x))
+        leaf = x.requires_grad_()
+        values = [f(leaf).square().sum() for f in (compiled, layer)]
+        torch.testing.assert_close(*(torch.autograd.grad(value, leaf) for value in values))
+
+
 class Turned(torch.nn.Module):
     """Rotary embedding of one tensor, and its attention to itself."""
 

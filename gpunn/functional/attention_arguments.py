@@ -87,7 +87,8 @@ def bounds_of(window: Window | None, is_causal: bool) -> tuple[int, int]:
     if not isinstance(bounds, tuple) or len(bounds) != 2:
         raise TypeError(f"window: expected two bounds, (before, after), got {window!r}")
     for bound in bounds:
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
+        is_integer = isinstance(bound, (int, torch.SymInt)) and not isinstance(bound, bool)
+        if bound is not None and not is_integer:
             raise TypeError(f"window: expected integers or None, got {window!r}")
         if bound is not None and bound < 0:
             raise ValueError(f"window: expected bounds of 0 or more, got {window!r}")

@@ -9,6 +9,7 @@ convolutional networks", 2015 (channels); Klambauer et al., "Self-normalizing ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -308,7 +309,7 @@ def dropout_mask(
         ValueError: p is not in [0, 1].
     """
     _check_probability(p)
-    n_elements = torch.Size(shape).numel()
+    n_elements = math.prod(shape)
     like = torch.empty(0, dtype=torch.float32, device=device)
     if p == 0:
         return _packed(torch.ones(n_elements, dtype=torch.bool, device=like.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -230,7 +231,7 @@ def linear_cross_entropy(
     layer: Any = input, linear_weight, linear_bias
     if autocast_is_on(input):
         layer = autocast_to_lower(*layer)
-    size = chunk_size_of(input.shape[:-1].numel()) if chunk_size is None else chunk_size
+    size = chunk_size_of(math.prod(input.shape[:-1])) if chunk_size is None else chunk_size
     if not _in_chunks(target, weight, size, *layer):
         return _composed(linear, cross_entropy, *given, **arguments)
     ignored = -100 if ignore_index is None else ignore_index
