@@ -14,6 +14,7 @@ import torch
 
 import gpunn
 from gpunn import nn
+from gpunn.functional.dispatch import AGAIN
 from kit import launched
 
 pytestmark = pytest.mark.usefixtures("demo_folder")
@@ -66,7 +67,7 @@ def first_step(small: Any, name: str, device: str) -> tuple[torch.Tensor, torch.
 
 @pytest.mark.parametrize("name", ["mlp", "minimax", "dcgan", "wgan-gp"])
 def test_the_kernels_train_as_torch_does(small: Any, name: str, device: str) -> None:
-    """In a step of D, and of G against what D has become."""
+    """In a step of D, and of G against what D has become; but for the gradient of a gradient."""
     with gpunn.backend("torch"):
         expected, expected_gradients = first_step(small, name, device)
     with gpunn.backend("kernels"), gpunn.trace() as trace:
@@ -75,6 +76,9 @@ def test_the_kernels_train_as_torch_does(small: Any, name: str, device: str) -> 
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     assert expected_gradients.abs().max() > 0.01
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-3, atol=1e-5)
+    left = {fallback.reason for fallback in trace.fallbacks}
+    assert left == ({AGAIN} if name == "wgan-gp" else set())
+    trace.fallbacks.clear()
     launched(trace, *small.SMALL[name].kernels)
 
 
