@@ -100,15 +100,15 @@ def _is_read_elsewhere(model: torch.fx.GraphModule, layer: Any) -> bool:
 
 
 def _place(model: torch.fx.GraphModule, node: torch.fx.Node) -> torch.fx.Node | None:
-    """Before which node the layer may stand: itself or, if it adds what comes later, the norm.
+    """Before which node the layer may stand: itself or, if it is to add a residual, the norm.
 
     None if what it reads may be written to in between.
     """
     before, nodes = node.args[0], list(model.graph.nodes)
     assert isinstance(before, torch.fx.Node)
-    between = nodes[nodes.index(before) + 1 : nodes.index(node)]
-    if not any(other in between for other in node.all_input_nodes):
+    if node.all_input_nodes == [before]:
         return before
+    between = nodes[nodes.index(before) + 1 : nodes.index(node)]
     return None if any(_may_write(model, other) for other in between) else node
 
 

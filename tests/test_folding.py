@@ -179,6 +179,21 @@ class Overwritten(torch.nn.Module):
         return y
 
 
+class Late(torch.nn.Module):
+    """The residual, known before the layer, is changed in place after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = gpunn.nn.Linear(4, 4), gpunn.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        residual = 2 * x
+        z = self.layer(x)
+        residual.add_(1)
+        y: torch.Tensor = self.norm(z, residual=residual)
+        return y
+
+
 def hooked(place: int) -> torch.nn.Sequential:
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     net[place].register_forward_hook(lambda module, args, output: output * 2)
@@ -194,6 +209,7 @@ def pruned() -> torch.nn.Sequential:
 LEFT: dict[str, Any] = {
     "a weight that is read elsewhere": Tied,
     "an input that is overwritten before the residual is known": lambda: Overwritten(True),
+    "a residual that is overwritten after the layer": Late,
     "hooks on the layer": lambda: hooked(0),
     "hooks on the normalisation": lambda: hooked(1),
     "a weight that a hook computes": pruned,
