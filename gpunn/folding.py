@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 import gpunn.functional as GF
 from gpunn.functional.activation import resolve_activation
 from gpunn.nn.transformer_layer import HOOKS
-from gpunn.replacement import accelerate
+from gpunn.replacement import accelerate, has_own_method
 
 IN_PLACE = {
     "iadd", "iand", "ifloordiv", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor",
@@ -37,8 +37,9 @@ def fold_batch_norm(model: torch.nn.Module) -> torch.fx.GraphModule:
     normalisation by running statistics that alone reads the result of a ``Conv1d``, ``Conv2d``,
     ``Conv3d``, ``ConvTranspose1d``, ``ConvTranspose2d`` or ``Linear``, torch's or gpunn's. What the
     normalisation fused, activation and residual, is fused into that layer. One that follows
-    something else stays, as does one with hooks, after a layer with hooks, or after one whose
-    parameters are read elsewhere. All layers become gpunn's; the model itself is not changed.
+    something else stays, as does one with hooks or methods of its own, after a layer with such, or
+    after one whose parameters are read elsewhere. All layers become gpunn's; the model itself is
+    not changed.
 
     Source: B. Jacob et al. (2018), https://arxiv.org/abs/1712.05877, section 3.2.
 
@@ -82,10 +83,16 @@ def _foldable(
     fuses = adds or getattr(layer, "activation", None) or getattr(layer, "dropout_p", 0.0)
     in_groups = isinstance(layer, _ConvTransposeNd) and layer.groups > 1
     computed = torch.nn.utils.parametrize.is_parametrized(layer)
-    watched = any(vars(module).get(name) for module in (layer, norm) for name in HOOKS)
-    if len(before.users) > 1 or fuses or in_groups or computed or watched:
+    if len(before.users) > 1 or fuses or in_groups or computed or _is_changed(layer, norm):
         return None, None
     return (None, None) if _is_read_elsewhere(model, layer) else (layer, norm)
+
+
+def _is_changed(layer: Any, norm: _BatchNorm) -> bool:
+    """Whether one does more than its class, or the normalisation is none that became gpunn's."""
+    watched = any(vars(module).get(name) for module in (layer, norm) for name in HOOKS)
+    patched = has_own_method(layer) or has_own_method(norm)
+    return watched or patched or not type(norm).__module__.startswith("gpunn.")
 
 
 def _is_read_elsewhere(model: torch.fx.GraphModule, layer: Any) -> bool:

@@ -97,7 +97,7 @@ def _reason_to_keep(module: torch.nn.Module) -> str | None:
         torch.nn.RMSNorm, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin,
         torch.nn.Embedding,
     )  # fmt: skip
-    if any(callable(value) and hasattr(layer, name) for name, value in given.items()):
+    if has_own_method(module):
         return "it has a method of its own in the place of its class's"
     if layer.__module__.startswith("gpunn."):
         if not _namesake(layer):
@@ -112,6 +112,11 @@ def _reason_to_keep(module: torch.nn.Module) -> str | None:
     if isinstance(module, watched) and layer not in watched:
         return "in eval mode torch's fused path may compute it, past the layers in it"
     return None
+
+
+def has_own_method(module: torch.nn.Module) -> bool:
+    """Whether a layer has a function of its own in the place of one of its class."""
+    return any(callable(v) and hasattr(type(module), name) for name, v in vars(module).items())
 
 
 def _fuses(given: dict[str, object]) -> bool:

@@ -206,7 +206,25 @@ def pruned() -> torch.nn.Sequential:
     return net
 
 
+def patched(place: int, name: str) -> torch.nn.Sequential:
+    """What the layer, or the normalisation, makes of its input is doubled by its own method."""
+    net = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1), torch.nn.BatchNorm1d(4))
+    before = getattr(net[place], name)
+    setattr(net[place], name, lambda x, *rest: before(x.mul_(2), *rest))
+    return torch.nn.Sequential(torch.nn.Unflatten(1, (4, 1)), net, torch.nn.Flatten())
+
+
+def misnamed() -> torch.nn.Sequential:
+    """torch's normalisation does not activate."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    vars(net[1])["activation"] = "relu"
+    return net
+
+
 LEFT: dict[str, Any] = {
+    "a method of the layer's own": lambda: patched(0, "_conv_forward"),
+    "a method of the normalisation's own": lambda: patched(1, "_check_input_dim"),
+    "an attribute that only gpunn's normalisation reads": misnamed,
     "a weight that is read elsewhere": Tied,
     "an input that is overwritten before the residual is known": lambda: Overwritten(True),
     "a residual that is overwritten after the layer": Late,
