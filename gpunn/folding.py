@@ -96,13 +96,14 @@ def _is_changed(layer: Any, norm: _BatchNorm) -> bool:
 
 
 def _is_read_elsewhere(model: torch.fx.GraphModule, layer: Any) -> bool:
-    """Whether the graph, or another layer, has the parameters that folding changes."""
-    others = [m for m in model.modules() if m is not layer]
-    used = [p for m in others for p in m.parameters(recurse=False)]
+    """Whether the graph, or what it calls beside the layer, has what folding changes."""
+    used: list[torch.Tensor] = []
     for node in model.graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
             used.append(getattr(model.get_submodule(owner), name))
+        elif node.op == "call_module" and model.get_submodule(str(node.target)) is not layer:
+            used.extend(model.get_submodule(str(node.target)).parameters())
     return any(own is other for own in layer.parameters() for other in used)
 
 
@@ -166,6 +167,7 @@ def _rewire(
         result = graph.node_copy(before, lambda given: given)
         if fuses and residual is not None:
             result.kwargs = {"residual": residual}
+            layer.needs_gpunn = True
         elif residual is not None:
             result = graph.call_function(torch.add, (result, residual))
         if activation is not None:

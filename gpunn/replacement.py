@@ -58,7 +58,8 @@ def restore(model: torch.nn.Module) -> Replacement:
 
     A layer with a fused activation or dropout has no torch counterpart, and is left as it is; so
     are the layers of a module that calls them with what torch's do not take, such as a residual. It
-    says so by an attribute ``needs_gpunn = True``, as ``gpunn.models.GPT`` does.
+    says so by an attribute ``needs_gpunn = True``, as ``gpunn.models.GPT`` does, and layers to
+    which ``fold_batch_norm`` gave a residual.
     """
     back = {ours: theirs for theirs, ours in _counterparts().items()}
     needed = [m for module in model.modules() if _needs_gpunn(module) for m in module.modules()]
@@ -79,7 +80,7 @@ def _change_classes(
     for name, module in model.named_modules():
         new, reason = classes.get(type(module)), _reason_to_keep(module)
         if module in as_they_are:
-            reason = "the module around it needs gpunn's"
+            reason = "it, or the module around it, needs gpunn's"
         if new is not None and reason is None:
             module.__class__ = new
             record.replaced[name] = f"{new.__module__.partition('.')[0]} {new.__name__}"
