@@ -97,3 +97,11 @@ def test_models_that_need_gpunn_keep_its_layers(device: str) -> None:
     assert set(record.replaced) == {"head"}
     assert "needs gpunn's" in record.kept["gpt.ln_f"]
     assert torch.equal(gpt(tokens), expected)
+
+
+def test_parts_of_a_gpt_keep_its_layers_by_themselves(device: str) -> None:
+    block = models.GPTBlock(8, 2, 0, dropout=0.0).to(device).eval()
+    x = torch.randn(1, 3, 8, device=device)
+    expected = block(x)
+    assert "needs gpunn's" in gpunn.restore(block).kept["mlp.c_proj"]
+    assert torch.equal(block(x), expected)
