@@ -117,7 +117,9 @@ def _reason_to_keep(module: torch.nn.Module) -> str | None:
 
 def has_own_method(module: torch.nn.Module) -> bool:
     """Whether a layer has a function of its own in the place of one of its class."""
-    return any(callable(v) and hasattr(type(module), name) for name, v in vars(module).items())
+    # What torch compiled of it in place follows its class.
+    own = {name for name, value in vars(module).items() if callable(value)}
+    return any(hasattr(type(module), name) for name in own - {"_compiled_call_impl"})
 
 
 def _fuses(given: dict[str, object]) -> bool:
