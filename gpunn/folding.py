@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 import gpunn.functional as GF
 from gpunn.functional.activation import resolve_activation
 from gpunn.nn.transformer_layer import HOOKS
-from gpunn.replacement import accelerate
+from gpunn.replacement import accelerate, has_own_method
 
 IN_PLACE = {
     "iadd", "iand", "ifloordiv", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor",
@@ -37,8 +37,9 @@ def fold_batch_norm(model: torch.nn.Module) -> torch.fx.GraphModule:
     normalisation by running statistics that alone reads the result of a ``Conv1d``, ``Conv2d``,
     ``Conv3d``, ``ConvTranspose1d``, ``ConvTranspose2d`` or ``Linear``, torch's or gpunn's. What the
     normalisation fused, activation and residual, is fused into that layer. One that follows
-    something else stays, as does one with hooks, after a layer with hooks, or after one whose
-    parameters are read elsewhere. All layers become gpunn's; the model itself is not changed.
+    something else stays, as does one with hooks or methods of its own, after a layer with such, or
+    after one whose parameters are read elsewhere. All layers become gpunn's; the model itself is
+    not changed.
 
     Source: B. Jacob et al. (2018), https://arxiv.org/abs/1712.05877, section 3.2.
 
@@ -82,33 +83,40 @@ def _foldable(
     fuses = adds or getattr(layer, "activation", None) or getattr(layer, "dropout_p", 0.0)
     in_groups = isinstance(layer, _ConvTransposeNd) and layer.groups > 1
     computed = torch.nn.utils.parametrize.is_parametrized(layer)
-    watched = any(vars(module).get(name) for module in (layer, norm) for name in HOOKS)
-    if len(before.users) > 1 or fuses or in_groups or computed or watched:
+    if len(before.users) > 1 or fuses or in_groups or computed or _is_changed(layer, norm):
         return None, None
     return (None, None) if _is_read_elsewhere(model, layer) else (layer, norm)
 
 
+def _is_changed(layer: Any, norm: _BatchNorm) -> bool:
+    """Whether one does more than its class, or the normalisation is none that became gpunn's."""
+    watched = any(vars(module).get(name) for module in (layer, norm) for name in HOOKS)
+    patched = has_own_method(layer) or has_own_method(norm)
+    return watched or patched or not type(norm).__module__.startswith("gpunn.")
+
+
 def _is_read_elsewhere(model: torch.fx.GraphModule, layer: Any) -> bool:
-    """Whether the graph, or another layer, has the parameters that folding changes."""
-    others = [m for m in model.modules() if m is not layer]
-    used = [p for m in others for p in m.parameters(recurse=False)]
+    """Whether the graph, or what it calls beside the layer, has what folding changes."""
+    used: list[torch.Tensor] = []
     for node in model.graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
             used.append(getattr(model.get_submodule(owner), name))
+        elif node.op == "call_module" and model.get_submodule(str(node.target)) is not layer:
+            used.extend(model.get_submodule(str(node.target)).parameters())
     return any(own is other for own in layer.parameters() for other in used)
 
 
 def _place(model: torch.fx.GraphModule, node: torch.fx.Node) -> torch.fx.Node | None:
-    """Before which node the layer may stand: itself or, if it adds what comes later, the norm.
+    """Before which node the layer may stand: itself or, if it is to add a residual, the norm.
 
     None if what it reads may be written to in between.
     """
     before, nodes = node.args[0], list(model.graph.nodes)
     assert isinstance(before, torch.fx.Node)
-    between = nodes[nodes.index(before) + 1 : nodes.index(node)]
-    if not any(other in between for other in node.all_input_nodes):
+    if node.all_input_nodes == [before]:
         return before
+    between = nodes[nodes.index(before) + 1 : nodes.index(node)]
     return None if any(_may_write(model, other) for other in between) else node
 
 
@@ -159,6 +167,7 @@ def _rewire(
         result = graph.node_copy(before, lambda given: given)
         if fuses and residual is not None:
             result.kwargs = {"residual": residual}
+            layer.needs_gpunn = True
         elif residual is not None:
             result = graph.call_function(torch.add, (result, residual))
         if activation is not None:

@@ -58,7 +58,8 @@ def restore(model: torch.nn.Module) -> Replacement:
 
     A layer with a fused activation or dropout has no torch counterpart, and is left as it is; so
     are the layers of a module that calls them with what torch's do not take, such as a residual. It
-    says so by an attribute ``needs_gpunn = True``, as ``gpunn.models.GPT`` does.
+    says so by an attribute ``needs_gpunn = True``, as ``gpunn.models.GPT`` does, and layers to
+    which ``fold_batch_norm`` gave a residual.
     """
     back = {ours: theirs for theirs, ours in _counterparts().items()}
     needed = [m for module in model.modules() if _needs_gpunn(module) for m in module.modules()]
@@ -79,7 +80,7 @@ def _change_classes(
     for name, module in model.named_modules():
         new, reason = classes.get(type(module)), _reason_to_keep(module)
         if module in as_they_are:
-            reason = "the module around it needs gpunn's"
+            reason = "it, or the module around it, needs gpunn's"
         if new is not None and reason is None:
             module.__class__ = new
             record.replaced[name] = f"{new.__module__.partition('.')[0]} {new.__name__}"
@@ -97,7 +98,7 @@ def _reason_to_keep(module: torch.nn.Module) -> str | None:
         torch.nn.RMSNorm, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin,
         torch.nn.Embedding,
     )  # fmt: skip
-    if any(callable(value) and hasattr(layer, name) for name, value in given.items()):
+    if has_own_method(module):
         return "it has a method of its own in the place of its class's"
     if layer.__module__.startswith("gpunn."):
         if not _namesake(layer):
@@ -112,6 +113,13 @@ def _reason_to_keep(module: torch.nn.Module) -> str | None:
     if isinstance(module, watched) and layer not in watched:
         return "in eval mode torch's fused path may compute it, past the layers in it"
     return None
+
+
+def has_own_method(module: torch.nn.Module) -> bool:
+    """Whether a layer has a function of its own in the place of one of its class."""
+    # What torch compiled of it in place follows its class.
+    own = {name for name, value in vars(module).items() if callable(value)}
+    return any(hasattr(type(module), name) for name in own - {"_compiled_call_impl"})
 
 
 def _fuses(given: dict[str, object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -162,6 +163,19 @@ class Tied(torch.nn.Module):
         return F.linear(self.norm(self.layer(x)), self.layer.weight.t())
 
 
+class Inside(torch.nn.Module):
+    """The layer is also part of another, which computes with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True)
+        self.layer, self.norm = self.encoder.linear1, torch.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.encoder(self.norm(self.layer(x))[None])
+        return y
+
+
 class Overwritten(torch.nn.Module):
     """The layer's input is changed in place before the normalisation."""
 
@@ -179,6 +193,21 @@ class Overwritten(torch.nn.Module):
         return y
 
 
+class Late(torch.nn.Module):
+    """The residual, known before the layer, is changed in place after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = gpunn.nn.Linear(4, 4), gpunn.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        residual = 2 * x
+        z = self.layer(x)
+        residual.add_(1)
+        y: torch.Tensor = self.norm(z, residual=residual)
+        return y
+
+
 def hooked(place: int) -> torch.nn.Sequential:
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     net[place].register_forward_hook(lambda module, args, output: output * 2)
@@ -191,9 +220,29 @@ def pruned() -> torch.nn.Sequential:
     return net
 
 
+def patched(place: int, name: str) -> torch.nn.Sequential:
+    """What the layer, or the normalisation, makes of its input is doubled by its own method."""
+    net = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1), torch.nn.BatchNorm1d(4))
+    before = getattr(net[place], name)
+    setattr(net[place], name, lambda x, *rest: before(x.mul_(2), *rest))
+    return torch.nn.Sequential(torch.nn.Unflatten(1, (4, 1)), net, torch.nn.Flatten())
+
+
+def misnamed() -> torch.nn.Sequential:
+    """torch's normalisation does not activate."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    vars(net[1])["activation"] = "relu"
+    return net
+
+
 LEFT: dict[str, Any] = {
+    "a method of the layer's own": lambda: patched(0, "_conv_forward"),
+    "a method of the normalisation's own": lambda: patched(1, "_check_input_dim"),
+    "an attribute that only gpunn's normalisation reads": misnamed,
     "a weight that is read elsewhere": Tied,
+    "a layer that is part of another, too": Inside,
     "an input that is overwritten before the residual is known": lambda: Overwritten(True),
+    "a residual that is overwritten after the layer": Late,
     "hooks on the layer": lambda: hooked(0),
     "hooks on the normalisation": lambda: hooked(1),
     "a weight that a hook computes": pruned,
@@ -216,3 +265,18 @@ def test_a_layer_reads_its_input_where_it_did(device: str) -> None:
         folded = gpunn.fold_batch_norm(net)
         torch.testing.assert_close(folded(x.clone()), net(x.clone()))
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+
+
+def test_a_fold_that_adds_a_residual_needs_gpunns_layers(device: str) -> None:
+    """So ``restore`` leaves them, in a copy of the fold, too."""
+    net = with_statistics(Net(gpunn.nn.Linear(4, 4), gpunn.nn.BatchNorm1d(4), residual=True))
+    x = torch.randn(3, 4, device=device)
+    folded = copy.deepcopy(gpunn.fold_batch_norm(net.to(device)))
+    expected = folded(x)
+    assert not gpunn.restore(folded).replaced
+    assert torch.equal(folded(x), expected)
+
+
+def test_a_fold_without_a_residual_can_be_restored() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    assert set(gpunn.restore(gpunn.fold_batch_norm(with_statistics(net))).replaced) == {"0"}

@@ -81,6 +81,18 @@ def test_accelerate_leaves_a_layer_with_a_method_of_its_own(device: str) -> None
     torch.testing.assert_close(net(x), expected)
 
 
+def test_a_layer_that_was_compiled_in_place_is_replaced(device: str) -> None:
+    """What was compiled for the old class is compiled anew for the other."""
+    layer = torch.nn.Linear(2, 2).to(device)
+    layer.compile(backend="eager")
+    x = torch.randn(3, 2, device=device)
+    expected = layer(x)
+    assert set(gpunn.accelerate(layer).replaced) == {""}
+    with gpunn.trace() as trace:
+        torch.testing.assert_close(layer(x), expected)
+    assert {r.operator for r in trace.launches} == {"linear_forward"}
+
+
 def test_what_was_restored_can_be_accelerated() -> None:
     net = torch.nn.Sequential(gpunn.nn.Linear(2, 2), gpunn.nn.LayerNorm(2), gpunn.nn.GELU())
     assert set(gpunn.restore(net).replaced) == {"0", "1", "2"}
@@ -97,3 +109,11 @@ def test_models_that_need_gpunn_keep_its_layers(device: str) -> None:
     assert set(record.replaced) == {"head"}
     assert "needs gpunn's" in record.kept["gpt.ln_f"]
     assert torch.equal(gpt(tokens), expected)
+
+
+def test_parts_of_a_gpt_keep_its_layers_by_themselves(device: str) -> None:
+    block = models.GPTBlock(8, 2, 0, dropout=0.0).to(device).eval()
+    x = torch.randn(1, 3, 8, device=device)
+    expected = block(x)
+    assert "needs gpunn's" in gpunn.restore(block).kept["mlp.c_proj"]
+    assert torch.equal(block(x), expected)

@@ -23,6 +23,9 @@ class GPTAttention(nn.Module):
     tokens come from a cache where one is given.
     """
 
+    needs_gpunn = True
+    """Its last layer is called with a residual: see ``gpunn.restore``."""
+
     def __init__(self, n_embd: int, n_head: int, layer: int, dropout: float) -> None:
         super().__init__()
         self.n_head, self.layer, self.dropout = n_head, layer, dropout
@@ -46,6 +49,9 @@ class GPTAttention(nn.Module):
 
 class GPTMLP(nn.Module):
     """Two dense layers with GELU between them; (N, L, n_embd) and a residual to the same shape."""
+
+    needs_gpunn = True
+    """Its last layer is called with a residual: see ``gpunn.restore``."""
 
     def __init__(self, n_embd: int, dropout: float) -> None:
         super().__init__()
