@@ -1,171 +1,27 @@
-"""Launchers of attention: y = dropout(softmax(cap(scale q kᵀ) + bias)) v, and its gradients.
-
-q is (batch, heads, queries, E), k (batch, key heads, keys, E), v (batch, key heads, keys, Ev), with
-any strides; where sequences are packed, batch is 1 and ``starts`` says where each begins.
-"""
+"""Launchers of attention: y = dropout(softmax(cap(scale q kᵀ) + bias)) v, and its gradients."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from gpunn.kernels.attention_delta import attention_delta_kernel
 from gpunn.kernels.attention_mask_gradient import attention_mask_gradient_kernel
-from gpunn.kernels.attention_operands import (
-    block_of,
-    head_block,
-    in_order_of,
-    operand,
-    read_by_descriptor,
-    repeated_strides,
-)
-from gpunn.kernels.attention_tiles import DELTA_LAUNCH, AttentionLaunch, Kind, Shape, launch_for
+from gpunn.kernels.attention_operands import block_of, in_order_of, operand, unit_of
+from gpunn.kernels.attention_problem import Problem
+from gpunn.kernels.attention_tiles import DELTA_LAUNCH
 from gpunn.kernels.flash import attention_forward_kernel
 from gpunn.kernels.flash_backward import (
-    attention_delta_kernel,
     attention_key_gradients_kernel,
     attention_query_gradient_kernel,
 )
-from gpunn.kernels.launch import cdiv, device_of, operator, run
-from gpunn.kernels.philox import dropout_arguments
-from gpunn.kernels.product import precision_of
+from gpunn.kernels.launch import cdiv, operator, run
 
-UNIT = math.log2(math.e)
-"""By which scores are multiplied, so that exp is one exp2: see ``flash.py``."""
 NAME, NAME_BACKWARD = "attention_forward", "attention_backward"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What every kernel of attention is told. ``before`` and ``after`` are -1 where unbounded.
-
-    ``mask_batches``: for each batch, which of the mask's; None where the mask has one or all.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: torch.Tensor | None
-    slopes: torch.Tensor | None
-    mask_batches: torch.Tensor | None
-    seed: torch.Tensor | None
-    starts_q: torch.Tensor | None
-    starts_k: torch.Tensor | None
-    n_queries: int
-    n_keys: int
-    scale: float
-    softcap: float
-    dropout_p: float
-    before: int
-    after: int
-    lower_right: bool
-
-    @property
-    def n_batches(self) -> int:
-        """Sequences."""
-        return self.q.shape[0] if self.starts_q is None else self.starts_q.shape[0] - 1
-
-    @property
-    def n_heads(self) -> int:
-        """Of the queries."""
-        return self.q.shape[1]
-
-    @property
-    def is_natural(self) -> bool:
-        """Whether the scores are in units of 1 and not of log2(e): see ``flash.py``."""
-        return self.mask is not None and self.mask.dtype != torch.uint8
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the backward pass keeps maximum and sum of a row apart."""
-        return self.is_natural or self.q.dtype.itemsize > 2
-
-    @property
-    def is_scaled_late(self) -> bool:
-        """Whether the largest of the products q·k belongs to the largest of the scores."""
-        others = self.mask, self.slopes, self.softcap or None
-        return self.scale > 0 and all(other is None for other in others)
-
-    def is_by_descriptor(self, *others: torch.Tensor) -> bool:
-        """Whether q, k, v and ``others`` are read by descriptors."""
-        given = self.mask, self.seed, self.starts_k, self.slopes
-        if any(tensor is not None for tensor in given) or self.softcap or self.before >= 0:
-            return False
-        pairs = self.n_batches * self.n_heads * self.n_queries * self.n_keys
-        n_flops = 2 * pairs * (self.q.shape[-1] + self.v.shape[-1])
-        return read_by_descriptor((self.q, self.k, self.v, *others), n_flops, device_of(self.q))
-
-    def inputs(self, launch: AttentionLaunch, by_descriptor: bool) -> tuple[Any, ...]:
-        """What comes first: q, k and v, by pointer or by descriptor, and pointers."""
-        return (
-            operand(self.q, launch.block_queries, by_descriptor),
-            operand(self.k, launch.block_keys, by_descriptor),
-            operand(self.v, launch.block_keys, by_descriptor),
-            self.mask, self.slopes, self.mask_batches, self.seed, self.starts_q, self.starts_k,
-        )  # fmt: skip
-
-    def sizes(self) -> tuple[int, ...]:
-        """Heads, query heads a key head, queries, keys, and the bounds of the window."""
-        group = self.n_heads // self.k.shape[1]
-        return self.n_heads, group, self.n_queries, self.n_keys, self.before, self.after
-
-    def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
-        """Of q, k, v and ``tensors``; then of the mask, 0 where it is repeated, and the slopes.
-
-        Packed sequences are told apart by where they start, and not by a stride.
-        """
-        found: list[int] = []
-        for tensor in (self.q, self.k, self.v, *tensors):
-            batch, *others = tensor.stride()
-            found += [batch if self.starts_q is None else 0, *others]
-        mask = (0,) * 4 if self.mask is None else repeated_strides(self.mask)
-        slopes = (0,) * 2 if self.slopes is None else repeated_strides(self.slopes)
-        return *found, *mask, *slopes
-
-    def stat_strides(self) -> tuple[int, int]:
-        """Of batches and heads in the statistics of the rows."""
-        n_rows = self.q.shape[2]
-        return (self.n_heads * n_rows if self.starts_q is None else 0), n_rows
-
-    def scalars(self) -> tuple[float, ...]:
-        """The scale and the softcap, as ``scores`` takes them, and the dropout's."""
-        unit = 1.0 if self.is_natural else UNIT
-        scale = self.scale / self.softcap if self.softcap else self.scale * unit
-        return scale, self.softcap * unit, *dropout_arguments(self.dropout_p or 1.0)
-
-    def constants(self) -> dict[str, Any]:
-        """The constexpr arguments that the kernels have in common."""
-        head, head_v, dtype = self.q.shape[-1], self.v.shape[-1], self.q.dtype
-        return dict(
-            LOWER_RIGHT=self.lower_right, HAS_SOFTCAP=self.softcap != 0, BEFORE=self.before >= 0,
-            AFTER=self.after >= 0, QUADS=self.n_keys % 4 == 0,
-            PRECISION=precision_of(dtype), HEAD=head, HEAD_V=head_v,
-            BLOCK_HEAD=head_block(head, dtype), BLOCK_HEAD_V=head_block(head_v, dtype),
-        )  # fmt: skip
-
-    def launch(self, kind: Kind) -> AttentionLaunch:
-        """The configuration of one of the kernels."""
-        widest, dtype = max(self.q.shape[-1], self.v.shape[-1]), self.q.dtype
-        is_heavy = self.mask is not None or self.seed is not None
-        shape = Shape(kind, widest, dtype, precision_of(dtype), is_heavy)
-        return launch_for(shape, device_of(self.q))
-
-    @property
-    def is_one_loop(self) -> bool:
-        """Whether the backward kernels save registers by one loop, in which each pair is looked at.
-
-        Where there is a mask, that has to be done anyway; the others would spill.
-        """
-        widest = max(self.q.shape[-1], self.v.shape[-1])
-        return self.mask is not None or self.q.dtype.itemsize > 2 or widest > 128
-
-    def is_uneven(self, n: int, block: int) -> bool:
-        """Whether a tile may reach past the last of n queries or keys."""
-        return self.starts_k is not None or n % block != 0
 
 
 def _forward_fake(
@@ -230,7 +86,7 @@ def attention_forward(keep: bool, *arguments: Any) -> tuple[torch.Tensor, ...]:
         *problem.strides(y), *problem.stat_strides(), *problem.scalars(),
         launch=launch, NATURAL=problem.is_natural, SCALED_LATE=problem.is_scaled_late,
         UNEVEN=problem.is_uneven(problem.n_keys, launch.block_keys),
-        BY_DESCRIPTOR=by_descriptor, **problem.constants(),
+        BY_DESCRIPTOR=by_descriptor, **problem.constants(y),
     )  # fmt: skip
     return y, rest, maxima, sums
 
@@ -321,7 +177,7 @@ def _rows(
         (cdiv(n_rows, launch.block_queries) * y.shape[0] * y.shape[1],),
         dy, y, rest if rest.numel() else None, maxima, sums, delta, shifts, problem.n_heads,
         n_rows, *dy.stride(), *y.stride(),
-        launch=launch, HEAD_V=head_v, BLOCK_HEAD_V=block_of(head_v),
+        launch=launch, UNIT=unit_of(dy, y), HEAD_V=head_v, BLOCK_HEAD_V=block_of(head_v),
     )  # fmt: skip
     return rows
 
@@ -329,7 +185,7 @@ def _rows(
 def _query_gradient(problem: Problem, rows: Rows, dq: torch.Tensor | None) -> None:
     """dq; without one, the delta of ``rows``."""
     dy, *statistics = rows
-    strides = problem.strides(dy, dy if dq is None else dq)
+    others = dy, dy if dq is None else dq
     by_descriptor = problem.is_by_descriptor(dy)
     launch = problem.launch("query_gradient")
     n_blocks = cdiv(problem.n_queries, launch.block_queries)
@@ -337,11 +193,11 @@ def _query_gradient(problem: Problem, rows: Rows, dq: torch.Tensor | None) -> No
         NAME_BACKWARD, attention_query_gradient_kernel,
         (n_blocks * problem.n_batches * problem.n_heads,),
         *problem.inputs(launch, by_descriptor), operand(dy, launch.block_queries, by_descriptor),
-        *statistics, dq, *problem.sizes(), *strides,
-        *problem.stat_strides(), *problem.scalars(), problem.scale,
+        *statistics, dq, *problem.sizes(), *problem.strides(*others), *problem.stat_strides(),
+        *problem.scalars(), problem.scale,
         launch=launch, NATURAL=problem.is_natural,
         UNEVEN=problem.is_uneven(problem.n_keys, launch.block_keys),
-        ONE_LOOP=problem.is_one_loop, BY_DESCRIPTOR=by_descriptor, **problem.constants(),
+        ONE_LOOP=problem.is_one_loop, BY_DESCRIPTOR=by_descriptor, **problem.constants(*others),
     )  # fmt: skip
 
 
@@ -358,7 +214,8 @@ def _key_gradients(problem: Problem, rows: Rows, dk: torch.Tensor, dv: torch.Ten
         *problem.stat_strides(), *problem.scalars(), problem.scale,
         launch=launch, NATURAL=problem.is_natural,
         UNEVEN=problem.is_uneven(problem.n_queries, launch.block_queries),
-        ONE_LOOP=problem.is_one_loop, BY_DESCRIPTOR=by_descriptor, **problem.constants(),
+        ONE_LOOP=problem.is_one_loop, BY_DESCRIPTOR=by_descriptor,
+        **problem.constants(dy, dk, dv),
     )  # fmt: skip
 
 
@@ -375,7 +232,7 @@ def _mask_gradient(problem: Problem, rows: Rows, dmask: torch.Tensor) -> None:
         problem.n_batches // dmask.shape[0], *problem.sizes(), *problem.strides(rows[0]),
         *problem.scalars(), launch=launch,
         MASK_HEADS=has[0], MASK_ROWS=has[1], MASK_COLS=has[2],
-        **problem.constants(),
+        **problem.constants(rows[0]),
     )  # fmt: skip
 
 

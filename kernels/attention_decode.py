@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from gpunn.kernels.attention import UNIT
-from gpunn.kernels.attention_operands import block_of
+from gpunn.kernels.attention_operands import block_of, unit_of
+from gpunn.kernels.attention_problem import SCORE_UNIT
 from gpunn.kernels.flash import finite, load_rows, power, scores
 from gpunn.kernels.launch import Launch, device_of, operator, run
-from gpunn.kernels.numeric import LOG2E
+from gpunn.kernels.numeric import LOG2E, multiple
 from gpunn.kernels.product import precision_of
 
 
@@ -68,8 +68,8 @@ def attention_decode_kernel(
     stride_k_page, stride_k_head, stride_k_row, stride_k_col,
     stride_v_page, stride_v_head, stride_v_row, stride_v_col, stride_table,
     stride_slopes_batch, stride_slopes_head, scale, softcap,
-    HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr,
-    HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Of a part of the keys of a sequence: Σ exp(s - m) v, m and Σ exp(s - m), per query head.
@@ -86,6 +86,10 @@ def attention_decode_kernel(
     end = tl.minimum(start + steps * BLOCK_KEYS, n_keys)
     if BEFORE:
         start = tl.maximum(start, tl.maximum(own - before, 0) // BLOCK_KEYS * BLOCK_KEYS)
+    stride_q_batch, stride_q_head = multiple(stride_q_batch, UNIT), multiple(stride_q_head, UNIT)
+    stride_k_page, stride_v_page = multiple(stride_k_page, UNIT), multiple(stride_v_page, UNIT)
+    stride_k_head, stride_v_head = multiple(stride_k_head, UNIT), multiple(stride_v_head, UNIT)
+    stride_k_row, stride_v_row = multiple(stride_k_row, UNIT), multiple(stride_v_row, UNIT)
     members = tl.arange(0, BLOCK_GROUP)
     heads = key_head * group + members
     q = load_rows(q_ptr + batch * stride_q_batch + key_head * group * stride_q_head, 0, group,
@@ -222,10 +226,10 @@ def attention_decode(
         q, k, v, lengths, table, slopes, total, maxima, sums,
         n_key_heads, group, page_size, parts, before, *q.stride(), *k.stride(), *v.stride(),
         0 if table is None else table.stride(0), *slope_strides,
-        scale / softcap if softcap else scale * UNIT, softcap * UNIT,
+        scale / softcap if softcap else scale * SCORE_UNIT, softcap * SCORE_UNIT,
         launch=launch_for(max(blocks["BLOCK_HEAD"], blocks["BLOCK_HEAD_V"]), q.dtype),
         HAS_SOFTCAP=softcap != 0, BEFORE=before >= 0, PRECISION=precision_of(q.dtype),
-        BLOCK_GROUP=block_of(group), **blocks,
+        UNIT=unit_of(q, k, v), BLOCK_GROUP=block_of(group), **blocks,
     )  # fmt: skip
     run(
         "attention_decode", attention_combine_kernel, (n_batches * n_heads,),

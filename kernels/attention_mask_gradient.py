@@ -7,6 +7,7 @@ import triton.language as tl
 
 from gpunn.kernels.flash import batch_of_mask, bias_tile, load_rows, slope_of
 from gpunn.kernels.flash_backward import row_statistics, tile_gradients
+from gpunn.kernels.numeric import multiple
 from gpunn.kernels.philox import dropout_factor
 
 
@@ -24,8 +25,8 @@ def attention_mask_gradient_kernel(
     scale, softcap, threshold, dropout_scale,
     MASK_HEADS: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
-    AFTER: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr,
-    HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr,
+    AFTER: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_HEAD_V: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dmask = Σ ds over the dimensions along which the mask is repeated; dmask is contiguous.
@@ -45,6 +46,8 @@ def attention_mask_gradient_kernel(
     offset = n_keys - n_queries if LOWER_RIGHT else 0
     out_type: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), dtype=out_type)
+    stride_q_row, stride_k_row = multiple(stride_q_row, UNIT), multiple(stride_k_row, UNIT)
+    stride_v_row, stride_dy_row = multiple(stride_v_row, UNIT), multiple(stride_dy_row, UNIT)
     for step in range(n_sharers * sum_heads * sum_down * sum_across):
         key = (own_across + step % sum_across) * BLOCK_KEYS
         row = (own_down + step // sum_across % sum_down) * BLOCK_QUERIES
@@ -63,10 +66,10 @@ def attention_mask_gradient_kernel(
             wanted = wanted & (key < row + BLOCK_QUERIES + offset + after)
         if wanted:
             first_stat = (batch * n_heads + head) * n_queries
-            at_q = batch * stride_q_batch + head * stride_q_head
-            at_k = batch * stride_k_batch + head // group * stride_k_head
-            at_v = batch * stride_v_batch + head // group * stride_v_head
-            at_dy = batch * stride_dy_batch + head * stride_dy_head
+            at_q = multiple(batch * stride_q_batch + head * stride_q_head, UNIT)
+            at_k = multiple(batch * stride_k_batch + head // group * stride_k_head, UNIT)
+            at_v = multiple(batch * stride_v_batch + head // group * stride_v_head, UNIT)
+            at_dy = multiple(batch * stride_dy_batch + head * stride_dy_head, UNIT)
             slope = slope_of(slopes_ptr, batch * stride_slopes_batch + head * stride_slopes_head,
                              True)  # fmt: skip
             q = load_rows(q_ptr + at_q, row, n_queries, stride_q_row, stride_q_col, HEAD,

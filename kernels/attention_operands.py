@@ -6,6 +6,7 @@ the loops have a tenth to a third fewer instructions and 15 to 65 fewer register
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,15 @@ def head_block(head: int, dtype: torch.dtype) -> int:
     came out wrong, though their code shows no fault; of 16, 40 and 64 columns they are right.
     """
     return 64 if dtype.itemsize == 2 and head < 16 else block_of(head)
+
+
+def unit_of(*tensors: torch.Tensor) -> int:
+    """The kernels' UNIT: how many elements, of 16 bytes at most, rows are apart by multiples of.
+
+    And 1 for multiples of 16 elements, which Triton recognises.
+    """
+    apart = math.gcd(*(stride for tensor in tensors for stride in tensor.stride()[:-1]))
+    return 1 if apart % 16 == 0 else math.gcd(apart, 16 // tensors[0].element_size())
 
 
 def read_by_descriptor(tensors: Sequence[torch.Tensor], n_flops: int, device: Device) -> bool:

@@ -120,6 +120,41 @@ BLACKWELL: Pairs = {
     ("ieee", 64, "mask_gradient"): (Tile(4, 1, 32, 32), Tile(4, 1, 32, 32)),
     ("ieee", 128, "key_gradients"): (Tile(4, 1, 16, 32), Tile(8, 1, 16, 16)),
 }
+OTHERS = {80: AMPERE, 100: BLACKWELL}
+# Where a head is of none of the three widths, its loads have masks of columns, which take
+# registers: these are for calls without any option but causality, with others, and with a mask or
+# a dropout. Found as the above; not measured.
+PARTIAL: dict[int, dict[tuple[str, int, str], tuple[AttentionLaunch, ...]]] = {
+    80: {
+        ("16 bits", 64, "forward"): (Tile(8, 2, 128, 64), Tile(8, 2, 128, 32), Tile(8, 2, 64, 64)),
+        ("16 bits", 64, "key_gradients"): (
+            Tile(4, 2, 64, 32), Tile(8, 2, 64, 32), Tile(4, 2, 32, 64)),
+        ("16 bits", 256, "key_gradients"): (
+            Tile(8, 2, 16, 64), Tile(8, 2, 16, 64), Tile(8, 1, 32, 32)),
+    },
+    90: {
+        ("16 bits", 64, "query_gradient"): (
+            Tile(4, 2, 64, 64), Tile(4, 2, 64, 64), Tile(8, 2, 128, 32)),
+        ("16 bits", 128, "forward"): (
+            Tile(8, 3, 128, 128), Tile(8, 2, 128, 64), Tile(8, 2, 64, 64)),
+        ("16 bits", 128, "key_gradients"): (
+            Tile(4, 2, 32, 64), Tile(8, 2, 32, 64), Tile(8, 1, 16, 64)),
+        ("16 bits", 256, "key_gradients"): (
+            Tile(8, 2, 16, 64), Tile(8, 2, 16, 64), Tile(8, 1, 16, 32)),
+        ("tf32", 64, "forward"): (Tile(8, 2, 128, 64), Tile(8, 2, 128, 64), Tile(8, 2, 128, 32)),
+        ("tf32", 128, "forward"): (Tile(8, 2, 128, 64), Tile(8, 2, 128, 64), Tile(8, 1, 64, 16)),
+        ("ieee", 64, "key_gradients"): (
+            Tile(8, 1, 32, 32), Tile(8, 1, 32, 32), Tile(8, 1, 32, 16)),
+        ("ieee", 128, "forward"): (Tile(8, 1, 32, 32), Tile(8, 1, 32, 16), Tile(8, 1, 16, 16)),
+    },
+    100: {
+        ("16 bits", 64, "forward"): (Tile(4, 2, 64, 64), Tile(4, 2, 64, 64), Tile(8, 2, 64, 64)),
+        ("16 bits", 64, "query_gradient"): (
+            Tile(8, 2, 128, 64), Tile(8, 2, 64, 64), Tile(8, 2, 64, 64)),
+        ("16 bits", 128, "key_gradients"): (
+            Tile(8, 2, 32, 64), Tile(8, 2, 64, 64), Tile(8, 2, 64, 64)),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,23 +162,29 @@ class Shape:
     """What the choice of tiles depends on."""
 
     kind: Kind
-    widest: int
-    """The wider of the heads of queries and of values."""
+    heads: tuple[int, int]
+    """The widths of the heads of queries and of values."""
     dtype: torch.dtype
     precision: str
     is_heavy: bool
     """Whether there is a mask or a dropout."""
+    is_plain: bool
+    """Whether there are no slopes, softcap or window, either."""
 
 
 @lru_cache(maxsize=4096)
 def launch_for(shape: Shape, device: Device) -> AttentionLaunch:
     """The configuration for a kernel; smaller tiles where those of the table do not fit."""
     arithmetic = "16 bits" if shape.dtype.itemsize == 2 else shape.precision
-    head = 64 if shape.widest <= 64 else 128 if shape.widest <= 128 else 256
+    widest = max(shape.heads)
+    head = 64 if widest <= 64 else 128 if widest <= 128 else 256
     kind = "query_gradient" if shape.kind == "weights" else shape.kind
-    chips = AMPERE if device.capability < 90 else BLACKWELL if device.capability >= 100 else {}
-    light, heavy = {**HOPPER, **chips}[arithmetic, head, kind]
-    for tile in (heavy if shape.is_heavy else light, heavy):
+    chip = 80 if device.capability < 90 else 90 if device.capability < 100 else 100
+    light, heavy = {**HOPPER, **OTHERS.get(chip, {})}[arithmetic, head, kind]
+    tiles: tuple[AttentionLaunch, ...] = light, light, heavy
+    if any(width not in (64, 128, 256) for width in shape.heads):
+        tiles = PARTIAL[chip].get((arithmetic, head, kind), tiles)
+    for tile in tiles[2 if shape.is_heavy else 0 if shape.is_plain else 1 :]:
         # forward one operand stays and two stream past it; backward two stay
         rows = tile.block_queries, tile.block_keys
         own, other = rows[::-1] if kind == "key_gradients" else rows

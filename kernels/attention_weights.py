@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from gpunn.kernels.attention import ARGUMENTS, Problem
+from gpunn.kernels.attention import ARGUMENTS
+from gpunn.kernels.attention_problem import Problem
 from gpunn.kernels.flash import batch_of_mask, bias_tile, finite, load_rows, power, scores, slope_of
 from gpunn.kernels.launch import cdiv, operator, run
+from gpunn.kernels.numeric import multiple
 
 
 @triton.jit
@@ -23,8 +25,9 @@ def attention_weights_kernel(
     stride_mask_batch, stride_mask_head, stride_mask_row, stride_mask_col,
     stride_slopes_batch, stride_slopes_head, scale, softcap,
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
-    AFTER: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    AFTER: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """weights = softmax(s), (batch, wanted heads, queries, keys), contiguous.
 
@@ -35,8 +38,9 @@ def attention_weights_kernel(
     row = tl.program_id(0) // across % down * BLOCK_QUERIES
     index = tl.program_id(0) // across // down
     batch, head = (index // n_wanted).to(tl.int64), tl.load(heads_ptr + index % n_wanted)
-    at_q = batch * stride_q_batch + head * stride_q_head
-    at_k = batch * stride_k_batch + head // group * stride_k_head
+    stride_q_row, stride_k_row = multiple(stride_q_row, UNIT), multiple(stride_k_row, UNIT)
+    at_q = multiple(batch * stride_q_batch + head * stride_q_head, UNIT)
+    at_k = multiple(batch * stride_k_batch + head // group * stride_k_head, UNIT)
     q = load_rows(q_ptr + at_q, row, n_queries, stride_q_row, stride_q_col, HEAD, BLOCK_QUERIES,
                   BLOCK_HEAD)  # fmt: skip
     k = load_rows(k_ptr + at_k, key, n_keys, stride_k_row, stride_k_col, HEAD, BLOCK_KEYS,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.activation import tanh
-from gpunn.kernels.numeric import LOG2E, widen
+from gpunn.kernels.numeric import LOG2E, multiple, widen
 from gpunn.kernels.philox import dropout_factor
 
 
@@ -231,7 +231,7 @@ def attention_forward_kernel(
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
     AFTER: tl.constexpr, NATURAL: tl.constexpr, SCALED_LATE: tl.constexpr, QUADS: tl.constexpr,
     UNEVEN: tl.constexpr, PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+    UNIT: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """y = dropout(softmax(s)) v, and of each row the maximum of s and the sum of exp(s - maximum).
@@ -245,10 +245,15 @@ def attention_forward_kernel(
     first_q, n_q = sequence(starts_q_ptr, batch, n_queries)
     first_k, n_k = sequence(starts_k_ptr, batch, n_keys)
     wide, wide_head, key_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    stride_q_row, stride_k_row = multiple(stride_q_row, UNIT), multiple(stride_k_row, UNIT)
+    stride_v_row, stride_y_row = multiple(stride_v_row, UNIT), multiple(stride_y_row, UNIT)
     if not BY_DESCRIPTOR:
-        q_ptr += wide * stride_q_batch + wide_head * stride_q_head + first_q * stride_q_row
-        k_ptr += wide * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
-        v_ptr += wide * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
+        q_ptr += multiple(wide * stride_q_batch + wide_head * stride_q_head, UNIT)
+        k_ptr += multiple(wide * stride_k_batch + key_head * stride_k_head, UNIT)
+        v_ptr += multiple(wide * stride_v_batch + key_head * stride_v_head, UNIT)
+        q_ptr += first_q * stride_q_row
+        k_ptr += first_k * stride_k_row
+        v_ptr += first_k * stride_v_row
     first_stat = wide * stride_stat_batch + wide_head * stride_stat_head + first_q
     if mask_ptr is not None:
         mask_batch = batch_of_mask(mask_batches_ptr, wide)
@@ -286,7 +291,8 @@ def attention_forward_kernel(
     if SCALED_LATE:
         peak *= scale
     y = total / tl.where(norm == 0, 1.0, norm)[:, None]
-    at_y = wide * stride_y_batch + wide_head * stride_y_head + first_q * stride_y_row
+    at_y = multiple(wide * stride_y_batch + wide_head * stride_y_head, UNIT)
+    at_y += first_q * stride_y_row
     store_rows(y_ptr + at_y, y, row, n_q, stride_y_row, stride_y_col, HEAD_V, BLOCK_QUERIES,
                BLOCK_HEAD_V)  # fmt: skip
     if rest_ptr is not None:

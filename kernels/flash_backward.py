@@ -19,7 +19,6 @@ from gpunn.kernels.flash import (
     batch_of_mask,
     bias_tile,
     finite,
-    load_rows,
     load_tile,
     power,
     scores,
@@ -28,17 +27,8 @@ from gpunn.kernels.flash import (
     store_rows,
     visible_range,
 )
-from gpunn.kernels.numeric import widen
+from gpunn.kernels.numeric import multiple
 from gpunn.kernels.philox import dropout_factor
-
-
-@triton.jit
-def shift_of(maxima, sums):
-    """What to subtract from the scores of rows instead of a division of their exp by the sum.
-
-    The difference is rounded as its larger part, of which 16-bit results see nothing.
-    """
-    return finite(maxima) + tl.log2(tl.where(sums == 0, 1.0, sums))
 
 
 @triton.jit
@@ -92,40 +82,6 @@ def tile_gradients(
     ds = p * (dp - delta)
     dz = ds * derivative if HAS_SOFTCAP else ds
     return kept, ds, dz
-
-
-@triton.jit
-def attention_delta_kernel(
-    dy_ptr, y_ptr, rest_ptr, maxima_ptr, sums_ptr, delta_ptr, shifts_ptr, n_heads, n_queries,
-    stride_dy_batch, stride_dy_head, stride_dy_row, stride_dy_col,
-    stride_y_batch, stride_y_head, stride_y_row, stride_y_col,
-    HEAD_V: tl.constexpr, BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
-):  # fmt: skip
-    """delta = Σ dy (y + rest) of each row, (batch, head, row), and with ``shifts_ptr`` the shift.
-
-    Where the gradients nearly cancel, that of a y of 16 bits alone would be far off. The shift is
-    found here, since each pair of a query and a key would cost a share of its logarithm. A program
-    owns BLOCK_QUERIES rows.
-    """
-    n_blocks = tl.cdiv(n_queries, BLOCK_QUERIES)
-    row, index = tl.program_id(0) % n_blocks * BLOCK_QUERIES, tl.program_id(0) // n_blocks
-    batch, head = (index // n_heads).to(tl.int64), (index % n_heads).to(tl.int64)
-    dy = load_rows(dy_ptr + batch * stride_dy_batch + head * stride_dy_head, row, n_queries,
-                   stride_dy_row, stride_dy_col, HEAD_V, BLOCK_QUERIES, BLOCK_HEAD_V)  # fmt: skip
-    at_y = batch * stride_y_batch + head * stride_y_head
-    y = widen(load_rows(y_ptr + at_y, row, n_queries, stride_y_row, stride_y_col, HEAD_V,
-                        BLOCK_QUERIES, BLOCK_HEAD_V))  # fmt: skip
-    if rest_ptr is not None:
-        y += widen(load_rows(rest_ptr + at_y, row, n_queries, stride_y_row, stride_y_col, HEAD_V,
-                             BLOCK_QUERIES, BLOCK_HEAD_V))  # fmt: skip
-    rows = row + tl.arange(0, BLOCK_QUERIES)
-    delta = tl.sum(widen(dy) * y, 1)
-    at, mask = index.to(tl.int64) * n_queries + rows, rows < n_queries
-    tl.store(delta_ptr + at, delta, mask=mask)
-    if shifts_ptr is not None:
-        maxima = tl.load(maxima_ptr + at, mask=mask, other=0.0)
-        sums = tl.load(sums_ptr + at, mask=mask, other=1.0)
-        tl.store(shifts_ptr + at, shift_of(maxima, sums), mask=mask)
 
 
 @triton.jit
@@ -195,7 +151,7 @@ def attention_key_gradients_kernel(
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
     AFTER: tl.constexpr, NATURAL: tl.constexpr, QUADS: tl.constexpr, UNEVEN: tl.constexpr,
     ONE_LOOP: tl.constexpr, PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+    UNIT: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. A program owns BLOCK_KEYS keys of one head, with all query heads that share it."""
@@ -206,9 +162,14 @@ def attention_key_gradients_kernel(
     batch, key_head = (index // n_key_heads).to(tl.int64), (index % n_key_heads).to(tl.int64)
     first_q, n_q = sequence(starts_q_ptr, batch, n_queries)
     first_k, n_k = sequence(starts_k_ptr, batch, n_keys)
+    stride_q_row, stride_k_row = multiple(stride_q_row, UNIT), multiple(stride_k_row, UNIT)
+    stride_v_row, stride_dy_row = multiple(stride_v_row, UNIT), multiple(stride_dy_row, UNIT)
+    stride_dk_row, stride_dv_row = multiple(stride_dk_row, UNIT), multiple(stride_dv_row, UNIT)
     if not BY_DESCRIPTOR:
-        k_ptr += batch * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
-        v_ptr += batch * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
+        k_ptr += multiple(batch * stride_k_batch + key_head * stride_k_head, UNIT)
+        v_ptr += multiple(batch * stride_v_batch + key_head * stride_v_head, UNIT)
+        k_ptr += first_k * stride_k_row
+        v_ptr += first_k * stride_v_row
     k = load_tile(k_ptr, batch, key_head, key, n_k, stride_k_row, stride_k_col, HEAD, BLOCK_KEYS,
                   BLOCK_HEAD, BY_DESCRIPTOR)  # fmt: skip
     v = load_tile(v_ptr, batch, key_head, key, n_k, stride_v_row, stride_v_col, HEAD_V, BLOCK_KEYS,
@@ -229,8 +190,10 @@ def attention_key_gradients_kernel(
         head = key_head * group + member
         q_head_ptr, dy_head_ptr, mask_head_ptr = q_ptr, dy_ptr, mask_ptr
         if not BY_DESCRIPTOR:
-            q_head_ptr += batch * stride_q_batch + head * stride_q_head + first_q * stride_q_row
-            dy_head_ptr += batch * stride_dy_batch + head * stride_dy_head + first_q * stride_dy_row
+            q_head_ptr += multiple(batch * stride_q_batch + head * stride_q_head, UNIT)
+            dy_head_ptr += multiple(batch * stride_dy_batch + head * stride_dy_head, UNIT)
+            q_head_ptr += first_q * stride_q_row
+            dy_head_ptr += first_q * stride_dy_row
         if mask_ptr is not None:
             mask_head_ptr += mask_batch * stride_mask_batch + head * stride_mask_head
         first_stat = batch * stride_stat_batch + head * stride_stat_head + first_q
@@ -252,8 +215,10 @@ def attention_key_gradients_kernel(
                     part != 0 and UNEVEN, HEAD, HEAD_V, BLOCK_HEAD, BLOCK_HEAD_V, BLOCK_QUERIES,
                     BLOCK_KEYS,
                 )  # fmt: skip
-    dk_ptr += batch * stride_dk_batch + key_head * stride_dk_head + first_k * stride_dk_row
-    dv_ptr += batch * stride_dv_batch + key_head * stride_dv_head + first_k * stride_dv_row
+    dk_ptr += multiple(batch * stride_dk_batch + key_head * stride_dk_head, UNIT)
+    dv_ptr += multiple(batch * stride_dv_batch + key_head * stride_dv_head, UNIT)
+    dk_ptr += first_k * stride_dk_row
+    dv_ptr += first_k * stride_dv_row
     store_rows(dk_ptr, dk * gradient_scale, key, n_k, stride_dk_row, stride_dk_col, HEAD,
                BLOCK_KEYS, BLOCK_HEAD)  # fmt: skip
     store_rows(dv_ptr, dv, key, n_k, stride_dv_row, stride_dv_col, HEAD_V, BLOCK_KEYS,
@@ -320,7 +285,7 @@ def attention_query_gradient_kernel(
     LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BEFORE: tl.constexpr,
     AFTER: tl.constexpr, NATURAL: tl.constexpr, QUADS: tl.constexpr, UNEVEN: tl.constexpr,
     ONE_LOOP: tl.constexpr, PRECISION: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
-    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+    UNIT: tl.constexpr, HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_HEAD_V: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq, or, without ``dq_ptr``, delta. A program owns rows of one head, the last ones first.
@@ -335,11 +300,18 @@ def attention_query_gradient_kernel(
     first_q, n_q = sequence(starts_q_ptr, batch, n_queries)
     first_k, n_k = sequence(starts_k_ptr, batch, n_keys)
     key_head = head // group
+    stride_q_row, stride_k_row = multiple(stride_q_row, UNIT), multiple(stride_k_row, UNIT)
+    stride_v_row, stride_dy_row = multiple(stride_v_row, UNIT), multiple(stride_dy_row, UNIT)
+    stride_dq_row = multiple(stride_dq_row, UNIT)
     if not BY_DESCRIPTOR:
-        q_ptr += batch * stride_q_batch + head * stride_q_head + first_q * stride_q_row
-        k_ptr += batch * stride_k_batch + key_head * stride_k_head + first_k * stride_k_row
-        v_ptr += batch * stride_v_batch + key_head * stride_v_head + first_k * stride_v_row
-        dy_ptr += batch * stride_dy_batch + head * stride_dy_head + first_q * stride_dy_row
+        q_ptr += multiple(batch * stride_q_batch + head * stride_q_head, UNIT)
+        k_ptr += multiple(batch * stride_k_batch + key_head * stride_k_head, UNIT)
+        v_ptr += multiple(batch * stride_v_batch + key_head * stride_v_head, UNIT)
+        dy_ptr += multiple(batch * stride_dy_batch + head * stride_dy_head, UNIT)
+        q_ptr += first_q * stride_q_row
+        k_ptr += first_k * stride_k_row
+        v_ptr += first_k * stride_v_row
+        dy_ptr += first_q * stride_dy_row
     if mask_ptr is not None:
         mask_batch = batch_of_mask(mask_batches_ptr, batch)
         mask_ptr += mask_batch * stride_mask_batch + head * stride_mask_head
@@ -381,6 +353,7 @@ def attention_query_gradient_kernel(
     if dq_ptr is None:
         tl.store(delta_ptr + first_stat + row_index, total, mask=row_index < n_q)
     else:
-        dq_ptr += batch * stride_dq_batch + head * stride_dq_head + first_q * stride_dq_row
+        dq_ptr += multiple(batch * stride_dq_batch + head * stride_dq_head, UNIT)
+        dq_ptr += first_q * stride_dq_row
         store_rows(dq_ptr, dq * gradient_scale, row, n_q, stride_dq_row, stride_dq_col, HEAD,
                    BLOCK_QUERIES, BLOCK_HEAD)  # fmt: skip

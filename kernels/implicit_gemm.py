@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gpunn.kernels.matmul import tile_position
-from gpunn.kernels.numeric import widen
+from gpunn.kernels.numeric import multiple, widen
 
 
 @triton.jit
@@ -40,12 +40,6 @@ def tap_position(step, n_channels, taps_w, PACKED: tl.constexpr, BLOCK_INNER: tl
         tap = step // steps_a_tap
         first = step % steps_a_tap * BLOCK_INNER
     return tap // taps_w, tap % taps_w, first, lane
-
-
-@triton.jit
-def multiple(number, UNIT: tl.constexpr):
-    """A multiple of UNIT as such: by itself, Triton finds out which numbers are multiples of 16."""
-    return number // UNIT * UNIT
 
 
 @triton.jit

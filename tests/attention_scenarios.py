@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from scenario import Scenario
 
 LENGTH, SHORT, HEADS = 4096, 512, 8  # the first long enough for descriptors, on Hopper
 HALF = torch.bfloat16
+KERNELS = "forward", "key_gradients", "query_gradient"
 
 
 def _arguments(kind: str, dtype: torch.dtype, head: int, length: int = LENGTH) -> list[Any]:
@@ -110,14 +112,37 @@ def _table_scenarios() -> dict[str, Scenario]:
     return found
 
 
+def _partial_scenarios() -> dict[str, Scenario]:
+    """Heads that fill no tile, which have masks of columns; without options, 16 bytes a load."""
+    found = {}
+    arithmetics = (HALF, "ieee", (24, 40, 72, 200)), (torch.float32, "tf32", (40, 72))
+    for dtype, precision, heads in (*arithmetics, (torch.float32, "ieee", (40, 72))):
+        for head, kernel in itertools.product(heads, KERNELS):
+            for kind in ("light", "added", "kept") if dtype == HALF else ("light", "kept"):
+                everywhere = dtype == HALF and head in (24, 40) and kind != "added"
+                found[f"attention-{kernel}-{kind}-{precision}-{dtype.itemsize}-{head}"] = Scenario(
+                    partial(_attention, kernel, kind, dtype, head, precision, SHORT),
+                    capabilities=(80, 90, 100) if everywhere else (90,),
+                )
+    for head, kernel in itertools.product((72, 200), KERNELS):
+        found[f"attention-{kernel}-causal-{head}"] = Scenario(
+            partial(_attention, kernel, "causal", HALF, head, length=SHORT),
+            tensor_cores=True,
+            wide_only=True,
+            narrow_allowed=32,  # of statistics, one a row
+            without_products=("attention_delta_kernel",),
+        )
+    return found
+
+
 def attention_scenarios() -> dict[str, Scenario]:
     """The plain and the causal kernels of 64 and 128 on every chip, with tensor cores in use.
 
     On Hopper they read by descriptors.
     """
-    found = _table_scenarios()
+    found = _table_scenarios() | _partial_scenarios()
     for head in (64, 128):
-        for kernel in ("forward", "key_gradients", "query_gradient"):
+        for kernel in KERNELS:
             for kind in ("plain", "causal"):
                 found[f"attention-{kernel}-{kind}-{head}"] = Scenario(
                     partial(_attention, kernel, kind, HALF, head),

@@ -19,7 +19,7 @@ import gpunn
 import gpunn.functional as GF
 from drawing import drawing
 from gpunn.checks.comparison import DTYPES, any_algorithm
-from gpunn.kernels import attention
+from gpunn.kernels import attention_problem
 from gpunn.kernels.attention_tiles import AttentionLaunch
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.kernels.philox import draw_seed
@@ -308,7 +308,7 @@ def test_agrees_with_the_definition(
 ) -> None:
     """Three of four chunks with tiles of 16 by 16, so that a program walks over several."""
     if chunk % 4:
-        monkeypatch.setattr(attention, "launch_for", lambda shape, device: SMALL)
+        monkeypatch.setattr(attention_problem, "launch_for", lambda shape, device: SMALL)
     seen, counts = set(), [0, 0]
 
     @drawing(chunk, N_EACH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ import gpunn
 import gpunn.functional as GF
 from gpunn.checks.comparison import any_algorithm
 from gpunn.functional.attention_arguments import Given, Rules, composed
-from gpunn.kernels import attention, launch
+from gpunn.kernels import attention, attention_problem, launch
 from gpunn.kernels.attention_tiles import (
     HOPPER,
+    PARTIAL,
     SMALLEST,
     AttentionLaunch,
     Kind,
@@ -48,7 +50,7 @@ def agree(ours: torch.Tensor, theirs: torch.Tensor, inputs: list[torch.Tensor]) 
 
 def test_backward_twice_and_bit_identical(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several tiles of queries and keys, and a mask whose gradient is a sum of many."""
-    monkeypatch.setattr(attention, "launch_for", lambda shape, device: SMALLEST)
+    monkeypatch.setattr(attention_problem, "launch_for", lambda shape, device: SMALLEST)
     tensors = [*operands(device, 3, (2, 2, 40, 8)), torch.randn(1, 40, device=device)]
     tensors[3].requires_grad_()
     before = [tensor.detach().clone() for tensor in tensors]
@@ -326,7 +328,7 @@ def test_tiles_that_are_ruled_out_are_skipped(
     kind: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward: NaN in what they would read does not show."""
-    monkeypatch.setattr(attention, "launch_for", lambda shape, device: SMALLEST)
+    monkeypatch.setattr(attention_problem, "launch_for", lambda shape, device: SMALLEST)
     (query,), (key, value) = operands(device, 1, (1, 1, 48, 8)), operands(device, 2, (1, 1, 64, 8))
     with torch.no_grad():
         key[:, :, 48:] = math.nan
@@ -350,7 +352,7 @@ def test_tiles_that_are_ruled_out_are_skipped(
 
 
 def test_what_does_not_fit_gets_smaller_tiles() -> None:
-    shape = Shape("forward", 128, torch.bfloat16, "ieee", False)
+    shape = Shape("forward", (128, 128), torch.bfloat16, "ieee", False, True)
     assert launch_for(shape, Device(90, 132)) == AttentionLaunch(8, 3, 128, 128)
     small = launch_for(shape, Device(89, 100, 101376))
     assert small.block_queries <= 64
@@ -361,7 +363,20 @@ def test_what_does_not_fit_gets_smaller_tiles() -> None:
 @pytest.mark.parametrize("precision", ["16 bits", "tf32", "ieee"])
 def test_every_size_of_heads_has_tiles(kind: Kind, precision: str) -> None:
     dtype = torch.float16 if precision == "16 bits" else torch.float32
-    for widest, column in ((1, 64), (64, 64), (65, 128), (256, 256)):
-        for heavy in (False, True):
-            shape = Shape(kind, widest, dtype, precision, heavy)
-            assert launch_for(shape, Device(90, 132)) == HOPPER[precision, column, kind][heavy]
+    for widest, column in ((1, 64), (64, 64), (65, 128), (128, 128), (200, 256), (256, 256)):
+        key = precision, column, kind
+        light, heavy = HOPPER[key]
+        tiles: tuple[AttentionLaunch, ...] = light, light, heavy
+        if widest != column:
+            tiles = PARTIAL[90].get(key, tiles)
+        for number, options in enumerate(((False, True), (False, False), (True, False))):
+            shape = Shape(kind, (widest, widest), dtype, precision, *options)
+            assert launch_for(shape, Device(90, 132)) == tiles[number]
+
+
+def test_slopes_take_the_registers_that_masks_of_columns_leave() -> None:
+    whole, *others = PARTIAL[90]["16 bits", 128, "forward"]
+    for heads, expected in (((128, 128), whole), ((72, 72), others[0]), ((128, 72), others[0])):
+        shape = Shape("forward", heads, torch.bfloat16, "ieee", False, False)
+        assert launch_for(shape, Device(90, 132)) == expected
+        assert launch_for(replace(shape, is_plain=True), Device(90, 132)) == whole

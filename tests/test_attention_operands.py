@@ -12,12 +12,13 @@ import torch.nn.functional as F
 import gpunn
 import gpunn.functional as GF
 from closeness import assert_accurate
-from gpunn.kernels import attention, attention_operands
+from gpunn.kernels import attention, attention_operands, attention_problem
 from gpunn.kernels.attention_operands import (
     head_block,
     operand,
     read_by_descriptor,
     takes_descriptor,
+    unit_of,
 )
 from gpunn.kernels.attention_tiles import AttentionLaunch
 from gpunn.kernels.launch import Device, captured
@@ -37,8 +38,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return operand(tensor, block_rows, by_descriptor)
 
     monkeypatch.setattr(attention_operands, "LEAST_FLOPS", 0)
-    monkeypatch.setattr(attention, "launch_for", lambda shape, device: SMALL)
-    monkeypatch.setattr(attention, "operand", noted)
+    monkeypatch.setattr(attention_problem, "launch_for", lambda shape, device: SMALL)
+    for module in (attention, attention_problem):
+        monkeypatch.setattr(module, "operand", noted)
     return found
 
 
@@ -131,6 +133,20 @@ def test_what_a_descriptor_is_made_of() -> None:
     assert not viewed(1152, 0, 24, 1), "a head that is repeated"
     assert viewed(5, 7, 24, 1, shape=(1, 1, 16, 24)), "strides that are never used"
     assert not viewed(24, 24, 24, 1, shape=(1, 1, 0, 24))
+
+
+def test_what_is_loaded_together() -> None:
+    def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    assert unit_of(rows(2, 3, 5, 72), rows(2, 3, 7, 40)) == 8
+    assert unit_of(rows(2, 3, 5, 72), rows(2, 3, 7, 64)) == 8
+    assert unit_of(rows(2, 3, 5, 64), rows(2, 3, 7, 16)) == 1, "left to Triton"
+    assert unit_of(rows(2, 3, 5, 72), rows(2, 3, 7, 36)) == 4
+    assert unit_of(rows(2, 3, 5, 73)[..., :72]) == 1
+    assert unit_of(rows(2, 5, 3, 24).transpose(1, 2)) == 8
+    assert unit_of(rows(2, 3, 5, 36, dtype=torch.float32)) == 4
+    assert unit_of(rows(2, 3, 5, 38, dtype=torch.float32)) == 2
 
 
 def test_what_is_read_by_descriptors() -> None:

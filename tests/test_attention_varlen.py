@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import gpunn
 import gpunn.functional as GF
 from closeness import assert_accurate
-from gpunn.kernels import attention, attention_decode
+from gpunn.kernels import attention_decode, attention_problem
 from gpunn.kernels.attention_tiles import SMALLEST
 from gpunn.kernels.philox import draw_seed
 from gpunn.reference.attention import Rules, attention_forward, varlen_forward
@@ -64,7 +64,7 @@ def test_every_sequence_by_itself(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "launch_for", lambda shape, device: SMALLEST)
+    monkeypatch.setattr(attention_problem, "launch_for", lambda shape, device: SMALLEST)
     (*tensors, dy), rest = packed(device, dtype, heads)
     results: list[list[torch.Tensor]] = []
     arguments: Any = dict(is_causal=is_causal)
