@@ -38,8 +38,8 @@ def fold_batch_norm(model: torch.nn.Module) -> torch.fx.GraphModule:
     ``Conv3d``, ``ConvTranspose1d``, ``ConvTranspose2d`` or ``Linear``, torch's or gpunn's. What the
     normalisation fused, activation and residual, is fused into that layer. One that follows
     something else stays, as does one with hooks or methods of its own, after a layer with such, or
-    after one whose parameters are read elsewhere. All layers become gpunn's; the model itself is
-    not changed.
+    after one whose parameters are read elsewhere; and all stay while there is a hook on all
+    modules. All layers become gpunn's; the model itself is not changed.
 
     Source: B. Jacob et al. (2018), https://arxiv.org/abs/1712.05877, section 3.2.
 
@@ -90,7 +90,8 @@ def _foldable(
 
 def _is_changed(layer: Any, norm: _BatchNorm) -> bool:
     """Whether one does more than its class, or the normalisation is none that became gpunn's."""
-    watched = any(vars(module).get(name) for module in (layer, norm) for name in HOOKS)
+    hooked = any(vars(module).get(name) for module in (layer, norm) for name in HOOKS)
+    watched = hooked or torch.nn.modules.module._has_any_global_hook()
     patched = has_own_method(layer) or has_own_method(norm)
     return watched or patched or not type(norm).__module__.startswith("gpunn.")
 

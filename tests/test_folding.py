@@ -259,6 +259,38 @@ def test_what_cannot_be_folded_is_left(name: str, device: str) -> None:
     assert any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in folded.modules())
 
 
+GLOBAL_HOOKS = (
+    "register_module_forward_hook", "register_module_forward_pre_hook",
+    "register_module_full_backward_hook", "register_module_full_backward_pre_hook",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("register", GLOBAL_HOOKS)
+def test_hooks_on_all_modules_see_the_layers_of_the_model(register: str, device: str) -> None:
+    """So nothing is folded while there is such a hook; without it, the same model is."""
+    net = with_statistics(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)))
+    net, x = net.to(device), torch.randn(3, 4, device=device, requires_grad=True)
+    seen: list[str] = []
+
+    def see(module: torch.nn.Module, *_: Any) -> None:
+        if not any(True for _ in module.children()):
+            seen.append(type(module).__name__)
+
+    def what_is_seen(model: torch.nn.Module) -> list[str]:
+        seen.clear()
+        model(x).sum().backward()
+        return [*seen]
+
+    hook = getattr(torch.nn.modules.module, register)(see)
+    try:
+        expected, found = what_is_seen(net), what_is_seen(gpunn.fold_batch_norm(net))
+    finally:
+        hook.remove()
+    assert sorted(expected) == ["BatchNorm1d", "Linear"]
+    assert found == expected
+    assert [type(m) for m in gpunn.fold_batch_norm(net).children()] == [gpunn.nn.Linear]
+
+
 def test_a_layer_reads_its_input_where_it_did(device: str) -> None:
     net, x = with_statistics(Overwritten(False).to(device)), torch.randn(3, 4, device=device)
     with torch.no_grad(), gpunn.backend("torch"):
