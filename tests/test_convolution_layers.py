@@ -77,6 +77,71 @@ def test_accelerate_and_restore(device: str) -> None:
     torch.testing.assert_close(net[:-2](x), expected)
 
 
+def with_own_method(package: Any, name: str, is_the_instances: bool, **fused: Any) -> Any:
+    """A layer whose _conv_forward computes with another weight, and is the layer's or a class's."""
+    arguments, options, _ = LAYERS[name]
+    base = getattr(package, name)
+
+    def own(self: Any, input: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+        y: torch.Tensor = base._conv_forward(self, input.flip(-1), weight + 1, 2 * bias)
+        return y
+
+    if not is_the_instances:
+        return type(name, (base,), {"_conv_forward": own})(*arguments, **options, **fused)
+    layer = base(*arguments, **options, **fused)
+    layer._conv_forward = own.__get__(layer)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("name", ["Conv1d", "Conv2d"])
+@pytest.mark.parametrize("is_the_instances", [False, True])
+def test_a_conv_forward_of_the_users_own_is_called(
+    is_the_instances: bool, name: str, device: str
+) -> None:
+    """As torch's layer calls it; activation and residual are applied to what it returns."""
+    theirs = with_own_method(torch.nn, name, is_the_instances).to(device)
+    x = torch.randn(LAYERS[name][2], device=device, requires_grad=True)
+    z = theirs(x)
+    residual = torch.randn_like(z, requires_grad=True)
+    for activation, y in ((None, z), (("leaky_relu", 0.2), F.leaky_relu(z, 0.2))):
+        ours = with_own_method(gpunn.nn, name, is_the_instances, activation=activation).to(device)
+        ours.load_state_dict(theirs.state_dict())
+        with gpunn.trace() as trace:
+            torch.testing.assert_close(ours(x), y)
+        assert [f.reason for f in trace.fallbacks] == [
+            "a _conv_forward of the user's own: called, not fused with what follows"
+        ]
+        leaves = [[x, residual, *layer.parameters()] for layer in (ours, theirs)]
+        dy = torch.randn_like(z)
+        got = torch.autograd.grad(ours(x, residual=residual), leaves[0], dy)
+        expected = torch.autograd.grad(y + residual, leaves[1], dy, retain_graph=True)
+        torch.testing.assert_close(got, expected)
+        for wrong, error in ((residual[..., :1], RuntimeError), (1.0, TypeError)):
+            with pytest.raises(error, match="residual"):
+                ours(x, residual=wrong)
+
+
+def test_a_conv_forward_of_the_users_own_compiles(device: str) -> None:
+    torch._dynamo.reset()
+    layer = with_own_method(gpunn.nn, "Conv1d", False, activation="relu").to(device)
+    x = torch.randn(LAYERS["Conv1d"][2], device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("is_the_instances", [False, True])
+def test_accelerate_and_restore_leave_a_conv_forward_of_the_users_own(
+    is_the_instances: bool, device: str
+) -> None:
+    x = torch.randn(LAYERS["Conv1d"][2], device=device)
+    for package, change in ((torch.nn, gpunn.accelerate), (gpunn.nn, gpunn.restore)):
+        layer = with_own_method(package, "Conv1d", is_the_instances).to(device)
+        expected = layer(x)
+        assert not change(layer).replaced
+        torch.testing.assert_close(layer(x), expected)
+
+
 def test_an_attribute_that_would_be_taken_for_the_activation() -> None:
     layer = torch.nn.Conv2d(3, 4, 3)
     layer.activation = "relu"  # type: ignore[assignment]

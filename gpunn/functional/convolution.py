@@ -67,13 +67,15 @@ def _launch(
     return y, saved
 
 
-def _finished(
+def finished(
     y: torch.Tensor,
     residual: torch.Tensor | None,
     fused: Fused,
     table: dict[str, Callable[..., torch.Tensor]] = TORCH,
 ) -> torch.Tensor:
-    """The activation and the residual in torch's operations."""
+    """The activation and the residual, which has to be of y's shape, in torch's operations."""
+    if residual is not None and isinstance(y, torch.Tensor):
+        check_residual(residual, y.shape, y.device)
     if fused.name != "identity":
         z, y = y, table[fused.name](y, *fused.parameters)
         if fused.name == "softplus":  # which autocast widens on CUDA
@@ -98,7 +100,7 @@ def _composed(
     else:
         extra = output_padding(x, weight, output_size, stride, padding, dilation)
         y = F.conv_transpose2d(x, weight, bias, stride, (top, left), extra, groups, dilation)
-    return _finished(y, None, fused, TWICE_DIFFERENTIABLE)
+    return finished(y, None, fused, TWICE_DIFFERENTIABLE)
 
 
 class _Convolution(torch.autograd.Function):
@@ -200,10 +202,7 @@ def _by_torch(
 ) -> torch.Tensor:
     """The same in torch's operations, which check all but the residual."""
     input, weight, bias, residual = tensors
-    y = getattr(F, name)(input, weight, bias, *arguments)
-    if residual is not None and isinstance(y, torch.Tensor):
-        check_residual(residual, y.shape, y.device)
-    return _finished(y, residual, fused)
+    return finished(getattr(F, name)(input, weight, bias, *arguments), residual, fused)
 
 
 def _by_kernels(

@@ -10,7 +10,10 @@ from torch.nn.modules.conv import _ConvNd
 
 import gpunn.functional as GF
 from gpunn.functional.activation import ActivationName, resolve_activation
+from gpunn.functional.convolution import Fused, finished
+from gpunn.functional.dispatch import check_arguments, record_fallback
 from gpunn.functional.window import Sizes
+from gpunn.nn.overrides import overrides
 
 
 class _Fused(_ConvNd):
@@ -30,8 +33,19 @@ class _Fused(_ConvNd):
         return ", ".join(parts)
 
     def _convolved(
-        self, function: Any, input: torch.Tensor, residual: torch.Tensor | None
+        self,
+        function: Any,
+        base: type[_ConvNd],
+        input: torch.Tensor,
+        residual: torch.Tensor | None,
     ) -> torch.Tensor:
+        """By the function, or by what has replaced the _conv_forward of torch's class."""
+        if overrides(self, base, "_conv_forward"):
+            reason = "a _conv_forward of the user's own: called, not fused with what follows"
+            record_fallback(function.__name__, reason)
+            check_arguments(0.0, residual=residual)
+            y = self._conv_forward(input, self.weight, self.bias)
+            return finished(y, residual, Fused(*resolve_activation(self.activation)))
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             around = self._reversed_padding_repeated_twice
@@ -63,7 +77,9 @@ class _Fused(_ConvNd):
 class Conv1d(_Fused, torch.nn.Conv1d):
     """``torch.nn.Conv1d`` on ``gpunn.functional.conv1d``, where the formula stands.
 
-    Parameters, initialisation and ``state_dict`` are torch's; ``activation`` is by keyword.
+    Parameters, initialisation and ``state_dict`` are torch's; ``activation`` is by keyword. A
+    ``_conv_forward`` of a subclass's or the layer's own is called, as torch calls it; activation
+    and residual are applied to its result.
 
     Raises:
         ValueError: an unknown activation, or torch's.
@@ -93,13 +109,11 @@ class Conv1d(_Fused, torch.nn.Conv1d):
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """f(conv(input)) + residual."""
-        return self._convolved(GF.conv1d, input, residual)
+        return self._convolved(GF.conv1d, torch.nn.Conv1d, input, residual)
 
 
 class Conv2d(_Fused, torch.nn.Conv2d):
-    """``torch.nn.Conv2d`` on ``gpunn.functional.conv2d``, where the formula stands.
-
-    Parameters, initialisation and ``state_dict`` are torch's; ``activation`` is by keyword.
+    """``torch.nn.Conv2d`` on ``gpunn.functional.conv2d``, where the formula stands, as ``Conv1d``.
 
     Raises:
         ValueError: an unknown activation, or torch's.
@@ -129,7 +143,7 @@ class Conv2d(_Fused, torch.nn.Conv2d):
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """f(conv(input)) + residual."""
-        return self._convolved(GF.conv2d, input, residual)
+        return self._convolved(GF.conv2d, torch.nn.Conv2d, input, residual)
 
 
 class ConvTranspose1d(_Fused, torch.nn.ConvTranspose1d):
