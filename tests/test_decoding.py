@@ -73,6 +73,21 @@ def test_a_cache_refuses_hooks_that_it_would_pass_by(part: str, device: str) -> 
         model.translate(source)
 
 
+@pytest.mark.parametrize("block", ["_sa_block", "_mha_block", "_ff_block"])
+@pytest.mark.parametrize("is_the_instances", [False, True])
+def test_a_cache_refuses_blocks_that_it_would_pass_by(
+    is_the_instances: bool, block: str, device: str
+) -> None:
+    model, (source, _) = small(device), sentences(device)
+    layers: Any = model.transformer.decoder.layers
+    if is_the_instances:
+        setattr(layers[1], block, lambda x, *_: x)
+    else:
+        layers[1].__class__ = type("Special", (type(layers[1]),), {block: lambda _, x, *__: x})
+    with pytest.raises(RuntimeError, match=r"cache of keys and values .* methods of its own"):
+        model.translate(source)
+
+
 def test_no_sentences(device: str) -> None:
     model, nothing = small(device), words(11, 0, 4).to(device)
     assert model.translate(nothing, 5).shape == (0, 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gpunn
-from test_transformer import LAYERS, pair
+from test_transformer import LAYERS, compare, pair
 
 pytestmark = [
     pytest.mark.usefixtures("one_path_of_torchs"),
@@ -113,6 +113,73 @@ def test_layers_of_the_users_own(device: str) -> None:
             assert all("not fused" in fallback.reason for fallback in trace.fallbacks)
 
 
+OWN = "a block of the user's own: torch's forward, of which nothing is fused"
+BLOCKS = [
+    (LAYERS[0], "_sa_block"), (LAYERS[0], "_ff_block"),
+    (LAYERS[1], "_sa_block"), (LAYERS[1], "_mha_block"), (LAYERS[1], "_ff_block"),
+]  # fmt: skip
+
+
+def give_own_block(layer: Any, block: str, is_the_instances: bool) -> None:
+    """A method in the place of torch's, the layer's or of a class for it, which it calls."""
+    before = getattr(type(layer), block)
+
+    def own(self: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        y: torch.Tensor = 2 * before(self, x + 1, *arguments, **keywords)
+        return y
+
+    if is_the_instances:
+        setattr(layer, block, own.__get__(layer))
+    else:
+        layer.__class__ = type("Special", (type(layer),), {block: own})
+
+
+@pytest.mark.parametrize("is_the_instances", [False, True])
+@pytest.mark.parametrize(("name", "block"), BLOCKS)
+def test_blocks_of_the_users_own(
+    name: str, block: str, is_the_instances: bool, device: str
+) -> None:
+    """They are called as torch's layer calls them; in inference too, where torch passes them by."""
+    shapes = [(2, 4, 8)] * (1 if name == LAYERS[0] else 2)
+    inputs = {f"x{i}": torch.randn(shape, device=device) for i, shape in enumerate(shapes)}
+    prefix = "src" if name == LAYERS[0] else "tgt"
+    call = {
+        f"{prefix}_mask": torch.ones(4, 4, device=device).triu(1) > 0,
+        f"{prefix}_key_padding_mask": torch.tensor([[False] * 4, [False] * 3 + [True]]).to(device),
+    }
+    for norm_first in (False, True):
+        settings: Any = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first}
+        ours, theirs = pair(name, device, 8, 2, 12, **settings)
+        for layer in (ours, theirs):
+            give_own_block(layer, block, is_the_instances)
+        errors, trace = compare(ours, theirs, inputs, torch.randn(2, 4, 8, device=device), **call)
+        assert all(error <= allowed for error, allowed in errors.values()), errors
+        assert [fallback.reason for fallback in trace.fallbacks] == [OWN]
+        with torch.no_grad():
+            expected = theirs.eval()(*inputs.values(), **call)
+            torch.backends.mha.set_fastpath_enabled(True)
+            y = ours.eval()(*inputs.values(), **call)
+            torch.backends.mha.set_fastpath_enabled(False)
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4)
+        assert "" not in gpunn.restore(ours).replaced
+        assert "" not in gpunn.accelerate(theirs).replaced
+        torch.testing.assert_close(theirs(*inputs.values(), **call), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_blocks_of_the_users_own_on_nested_tensors(layout: Any, device: str) -> None:
+    """Of either layout; what torch's operations take of them is torch's."""
+    torch.backends.mha.set_fastpath_enabled(True)
+    settings: Any = {"dropout": 0.0, "batch_first": True}
+    layer, _ = pair(LAYERS[0], device, 8, 2, 12, **settings)
+    give_own_block(layer.eval(), "_sa_block", is_the_instances=False)
+    parts = [torch.randn(n, 8, device=device) for n in (3, 5)]
+    with gpunn.backend("auto"), torch.no_grad():
+        y = layer(torch.nested.nested_tensor(parts, layout=layout))
+        for mine, part in zip(y.unbind(), parts, strict=True):
+            torch.testing.assert_close(mine, layer(part[None])[0], rtol=1e-3, atol=1e-4)
+
+
 def test_custom_parts_stay_what_they_are(device: str) -> None:
     class Layer(torch.nn.Module):
         """As a user's: it adds the mask, which torch gives it in numbers."""
@@ -194,18 +261,31 @@ def test_autocast(norm_first: bool, device: str) -> None:
 
 
 def test_compiles(device: str) -> None:
-    """Without a graph break; that each function in it compiles further is its own test's."""
+    """Without a graph break, to the same launches; the functions compile further in their tests."""
     torch._dynamo.reset()
     model, _ = pair("Transformer", device, 8, 2, 1, 1, 12, 0.1)
     model.encoder.layers[0].norm_first = True  # so that one model has both orders
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     src, tgt = (torch.randn(n, 2, 8, device=device) for n in (3, 4))
     mask = model.generate_square_subsequent_mask(4, device=torch.device(device))
-    found = []
+    found, ran = [], []
     for each in (compiled, model):
         torch.manual_seed(1)
-        found.append(each(src, tgt, tgt_mask=mask, tgt_is_causal=True))
+        with gpunn.trace() as trace:
+            found.append(each(src, tgt, tgt_mask=mask, tgt_is_causal=True))
+        ran.append([record.operator for record in trace.launches])
     torch.testing.assert_close(*found)
+    assert ran[0] == ran[1]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_block_of_the_users_own_compiles(name: str, device: str) -> None:
+    torch._dynamo.reset()
+    layer, _ = pair(name, device, 8, 2, 12, dropout=0.0)
+    give_own_block(layer, "_ff_block", is_the_instances=False)
+    inputs = [torch.randn(4, 2, 8, device=device)] * (1 if name == LAYERS[0] else 2)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), layer(*inputs))
 
 
 def test_a_gradient_penalty(device: str) -> None:

@@ -18,7 +18,8 @@ from gpunn import nn
 from gpunn.models.decoding import DecoderCache, Special, beam_search, greedy
 from gpunn.models.generation import evaluating
 from gpunn.nn.embedding import fill_sinusoidal
-from gpunn.nn.transformer_layer import HOOKS
+from gpunn.nn.overrides import overrides
+from gpunn.nn.transformer_layer import BLOCKS, HOOKS
 
 
 class AttentionMaps(NamedTuple):
@@ -166,8 +167,8 @@ class TranslationTransformer(nn.Module):
         None: for as many as the model takes.
 
         Raises:
-            RuntimeError: attention in the decoder has hooks, or a forward that is not gpunn's: what
-                reads a cache would pass it by.
+            RuntimeError: attention in the decoder has hooks, or a forward that is not gpunn's, or a
+                layer has blocks of its own: what reads a cache would pass them by.
             ValueError: source tokens of another shape, or lengths over the model's.
         """
         self._check(source, "source")
@@ -321,17 +322,17 @@ def _decoded(layer: Any, i: int, x: torch.Tensor, cache: DecoderCache) -> torch.
 
 
 def _check_cacheable(decoder: Any) -> None:
-    """Refuse what decoding from a cache would pass by: another forward, or a hook on it."""
+    """Refuse what decoding from a cache would pass by: another forward or block, or a hook."""
     passed_by: list[tuple[Any, type[torch.nn.Module]]] = [(decoder, nn.TransformerDecoder)]
     for layer in decoder.layers:
         passed_by.append((layer, nn.TransformerDecoderLayer))
         for attention in (layer.self_attn, layer.multihead_attn):
             passed_by += [(attention, nn.MultiheadAttention), (attention.out_proj, torch.nn.Linear)]
     for module, expected in passed_by:
-        if type(module).forward is not expected.forward or any(map(vars(module).get, HOOKS)):
+        if overrides(module, expected, "forward", *BLOCKS) or any(map(vars(module).get, HOOKS)):
             raise RuntimeError(
                 f"decoder: a cache of keys and values expects gpunn.nn's {expected.__name__} "
-                f"without hooks, got {type(module).__name__}"
+                f"without hooks or methods of its own, got {type(module).__name__}"
             )
 
 

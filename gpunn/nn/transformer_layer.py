@@ -17,6 +17,7 @@ from gpunn.nn.dropout import Dropout
 from gpunn.nn.layer_norm import LayerNorm
 from gpunn.nn.linear import Linear
 from gpunn.nn.multihead_attention import MultiheadAttention, is_nested_elsewhere
+from gpunn.nn.overrides import overrides
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
 Attention = Callable[[torch.Tensor], torch.Tensor]
@@ -30,6 +31,8 @@ HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward"
 )  # fmt: skip
 """A layer's own forward, and what listens to it."""
+BLOCKS = "_sa_block", "_mha_block", "_ff_block"
+"""What torch's forward of a layer calls, and users replace; gpunn's computes past them."""
 # What can be computed past its forward, by its part in a layer. What has one of CHANGES is called:
 # it must not be passed by.
 FUSIBLE: dict[str, tuple[type[torch.nn.Module], ...]] = {
@@ -63,6 +66,15 @@ def _may_fuse(**modules: Any) -> bool:
             record_fallback("transformer", f"a {type(module).__name__} {reason}")
             return False
     return True
+
+
+def _has_own_block(layer: torch.nn.Module, base: type[torch.nn.Module]) -> bool:
+    """Whether a user replaced a block of torch's class ``base``; the trace says so."""
+    found = overrides(layer, base, *BLOCKS)
+    if found:
+        reason = "a block of the user's own: torch's forward, of which nothing is fused"
+        record_fallback("transformer", reason)
+    return found
 
 
 def _probability(dropout: Any) -> float:
@@ -134,8 +146,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     After attention, dropout, residual and normalisation are one pass; linear1, activation (relu or
     gelu, by name, function or module) and dropout one kernel; with norm_first, linear2, dropout and
     residual too. A layer inside that has hooks, or is not gpunn's own, is called by itself, as the
-    trace says. There is one path for training and inference. Arguments are torch's; src may be a
-    jagged nested tensor with batch_first and without masks. Other nested tensors are torch's.
+    trace says; where ``_sa_block``, ``_mha_block`` or ``_ff_block`` is a subclass's or the layer's
+    own, torch's forward calls all. There is one path for training and inference. Arguments are
+    torch's; src may be a jagged nested tensor with batch_first and without masks. Other nested
+    tensors are torch's.
     """
 
     def __init__(
@@ -166,6 +180,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> torch.Tensor:
         """The layer's output, of src's shape."""
+        if _has_own_block(self, torch.nn.TransformerEncoderLayer):
+            self.activation_relu_or_gelu = 0  # or torch, in inference, computes past the block
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if is_nested_elsewhere(src):
             decline("transformer", "a nested tensor that is not jagged")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
@@ -222,6 +239,11 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> torch.Tensor:
         """The layer's output, of tgt's shape."""
+        if _has_own_block(self, torch.nn.TransformerDecoderLayer):
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
 
         def attended(layer: Any, x: torch.Tensor, other: Any, *masks: Any) -> torch.Tensor:
             query = with_rows(x, tgt)
