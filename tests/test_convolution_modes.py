@@ -15,7 +15,6 @@ import gpunn
 import gpunn.functional as GF
 from gpunn.kernels import convolve
 from gpunn.kernels.interpreter import INTERPRETING
-from kit import launched
 
 NAMES = ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")
 
@@ -213,68 +212,6 @@ def test_parts_of_a_weights_gradient_are_float32(dtype: torch.dtype, device: str
     dy[..., -1, -1] = -4096
     (dweight,) = torch.autograd.grad(GF.conv2d(x, weight), weight, dy)
     assert torch.equal(dweight, torch.ones_like(weight))
-
-
-def test_auto_fuses_what_there_is_to_fuse(device: str) -> None:
-    x, weight, bias, residual = operands(device)
-    options: list[dict[str, Any]] = [{"activation": "relu"}, {"residual": residual}]
-    for fused in options:
-        with gpunn.trace() as trace, gpunn.backend("auto"):
-            GF.conv2d(x, weight, bias, padding=1, **fused)
-        launched(trace, "conv_forward")
-    for name in NAMES:
-        part: Any = (slice(None),) * 3 + ((...,) if name.endswith("2d") else (0,))
-        with gpunn.trace() as trace, gpunn.backend("auto"):
-            images, taps = x[part], weight[part]
-            taps = taps.transpose(0, 1) if "transpose" in name else taps
-            y = getattr(GF, name)(images, taps, bias)
-        assert torch.equal(y, getattr(F, name)(images, taps, bias))
-        assert not trace.launches
-        assert [f.operator for f in trace.fallbacks] == [name]
-
-
-@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
-@pytest.mark.parametrize("activation", [None, "gelu"])
-def test_auto_leaves_long_sums_and_bare_products_to_torch(
-    name: str, activation: Any, device: str
-) -> None:
-    """240 channels times 9 taps; the kernels' epilogue follows, and its backward precedes."""
-    torch.manual_seed(0)
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
-    channels = (240, 16) if "transpose" in name else (16, 240)
-    shapes = [(1, 240, 4, 3), (*channels, 3, 3), (16,), (1, 16, 4, 3)]
-    tensors = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
-    x, weight, bias, residual = tensors
-    images, taps = (t.to(memory_format=torch.channels_last) for t in (x, weight / 50))
-    operands, dy = (images, taps, bias), torch.randn(shapes[-1], device=device)
-    with gpunn.trace() as trace, gpunn.backend("auto"):
-        fused = {"activation": activation, "residual": residual}
-        y = getattr(GF, name)(*operands, padding=1, **fused)
-        got = torch.autograd.grad(y, tensors, dy, retain_graph=True)
-    operator, reason = name.replace("2d", "_forward"), "inner dimension 2160 > 2080"
-    assert [(record.operator, record.kernel) for record in trace.launches] == [
-        (operator, "epilogue_kernel"),
-        ("linear_epilogue_backward", "epilogue_backward_kernel"),
-    ]
-    assert [(f.operator, f.reason) for f in trace.fallbacks] == [
-        (f"{operator}: the sums", f"{reason}: PyTorch's, then the fused epilogue"),
-        ("the convolution's gradients", "bare products: PyTorch's"),
-    ]
-    z = getattr(F, name)(*operands, padding=1)
-    theirs = (F.gelu(z) if activation else z) + residual
-    expected = torch.autograd.grad(theirs, tensors, dy)
-    for mine, torchs in zip([y, *got], [theirs, *expected], strict=True):
-        torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-4)
-
-
-def test_auto_keeps_groups_of_few_channels(device: str) -> None:
-    x, weight = torch.randn(1, 32, 5, 5, device=device), torch.randn(32, 1, 3, 3, device=device)
-    with gpunn.trace() as trace, gpunn.backend("auto"):
-        y = GF.conv2d(x.requires_grad_(), weight.requires_grad_(), groups=32, activation="relu")
-        torch.autograd.grad(y.sum(), (x, weight))
-    records = launched(trace, "conv_forward", "conv_transpose_forward", "conv_weight_gradient")
-    kernels = {record.kernel for record in records} - {"epilogue_kernel"}
-    assert kernels == {"grouped_convolution_kernel", "grouped_weight_kernel"}
 
 
 def test_compiles_with_a_changing_batch_and_size(device: str) -> None:
