@@ -1,6 +1,7 @@
 // Augmentation: each picture is distorted by parameters of its own, drawn from a seed and its
-// number, in one pass: the way back, displacement, bilinear sampling, colour. Its gradient is added
-// up in integers, whose sum does not depend on who comes first.
+// number, in one pass: the way back, displacement, bilinear sampling, colour. Its gradient does not
+// depend on who comes first: a pixel finds those that it was a tap of, or, where that is hard, they
+// add to it in integers.
 #include "augment.h"
 
 // What pixels are computed in.
@@ -71,6 +72,98 @@ __global__ void augment_forward_kernel(const S* images, const long long* seed, T
         write_lines<N, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
     else
         write_lines<1, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
+}
+
+// The way forth, from a place of the input: and within what of it the pixels of the output are
+// that have the place as a tap. In float64, since a pixel that is looked at in vain does no harm,
+// and one that is not would be missing: EXCESS is more than the way back is rounded by.
+struct WayForth {
+    double a, b, d, e, c, f, reach_x, reach_y;
+};
+const double EXCESS = 0x1p-20;
+
+template <typename R>
+__device__ inline WayForth way_forth(const Picture<R>& picture, const Extent& extent) {
+    double a = picture.a, b = picture.b, d = picture.d, e = picture.e;
+    double divisor = a * e - b * d, width = extent.out_width, height = extent.out_height;
+    WayForth forth{e / divisor, -b / divisor, -d / divisor, a / divisor, picture.c, picture.f};
+    double x = 1 + EXCESS * (fabs(a) * width + fabs(b) * height + fabs(forth.c));
+    double y = 1 + EXCESS * (fabs(d) * width + fabs(e) * height + fabs(forth.f));
+    forth.reach_x = fabs(forth.a) * x + fabs(forth.b) * y;
+    forth.reach_y = fabs(forth.d) * x + fabs(forth.e) * y;
+    return forth;
+}
+
+// The first and the last pixel within reach of a place, of so many; all if it is no number.
+struct Span {
+    int first, last;
+};
+
+__device__ inline Span span_of(double place, double reach, int size) {
+    return {int(fmin(fmax(ceil(place - reach), 0.0), double(size))),
+            int(fmax(fmin(floor(place + reach), size - 1.0), -1.0))};
+}
+
+// Adds what the pixels of the output give to one of the input that is a tap of theirs.
+template <int CHANNELS, typename R, typename T>
+__device__ inline void gather(const T* dy, const Picture<R>& picture, const WayForth& forth,
+                              int row, int column, const Extent& extent, const Strides& strides,
+                              R (&gradients)[CHANNELS]) {
+    double x = column - forth.c, y = row - forth.f;
+    double middle_x = (extent.out_width - 1) / 2.0, middle_y = (extent.out_height - 1) / 2.0;
+    Span across = span_of(forth.a * x + forth.b * y + middle_x, forth.reach_x, extent.out_width);
+    Span down = span_of(forth.d * x + forth.e * y + middle_y, forth.reach_y, extent.out_height);
+    for (int i = down.first; i <= down.last; i++) {
+        for (int j = across.first; j <= across.last; j++) {
+            Vector2<R> place = way_back(picture, j - R(middle_x), i - R(middle_y));
+            Taps<R> taps = taps_at(place, extent, ZEROS);
+            int below = row - taps.row, right = column - taps.column;
+            if (unsigned(below) > 1 || unsigned(right) > 1) continue;
+            R upper = right ? taps.weights[1] : taps.weights[0];
+            R lower = right ? taps.weights[3] : taps.weights[2], weight = below ? lower : upper;
+            const T* gradient = dy + i * strides.row + j * strides.column;
+#pragma unroll
+            for (int c = 0; c < CHANNELS; c++)
+                gradients[c] = fma(weight, R(widen(gradient[c * strides.channel])), gradients[c]);
+        }
+    }
+}
+
+// dx[n] = the gradient of picture n, which was distorted by a way back alone: mode is ZEROS, there
+// is no field, and no colour was clamped. A block owns a tile of the input; else as above.
+template <typename S, typename T, int CHANNELS, bool LAST, int TILE_WIDTH, int TILE_HEIGHT>
+__global__ void augment_gather_kernel(const T* dy, const long long* seed, S* dx, Settings settings,
+                                      Extent extent, Strides strides, long long wide) {
+    using R = Real<S, T>;
+    __shared__ Scene<R, TILE_WIDTH, TILE_HEIGHT> scene;
+    __shared__ WayForth forth;
+    alignas(16) __shared__ S pixels[CHANNELS * TILE_HEIGHT * TILE_WIDTH];
+    Extent input{extent.n_channels, extent.out_height, extent.out_width, extent.in_height,
+                 extent.in_width};
+    Tile tile = tile_of<CHANNELS, TILE_WIDTH, TILE_HEIGHT>(input, 0);
+    set_scene(scene, tile, *seed, settings, extent);
+    if (threadIdx.x == 0) forth = way_forth(scene.picture, extent);
+    __syncthreads();
+    dy += tile.picture * strides.picture + tile.channel * strides.channel;
+    for (int i = threadIdx.x; i < TILE_HEIGHT * TILE_WIDTH; i += blockDim.x) {
+        int row = i / TILE_WIDTH, column = i % TILE_WIDTH;
+        if (row >= tile.height || column >= tile.width) continue;
+        R gradients[CHANNELS] = {};
+        gather(dy, scene.picture, forth, tile.top + row, tile.left + column, extent, strides,
+               gradients);
+        recolour_gradient(gradients, ~0u, scene.picture, settings);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; c++) {
+            int at = LAST ? i * CHANNELS + c : c * TILE_HEIGHT * TILE_WIDTH + i;
+            pixels[at] = narrow<S>(Wide<S>(gradients[c]));
+        }
+    }
+    __syncthreads();
+    constexpr int N = 16 / sizeof(S);
+    if (wide)
+        write_lines<N, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(dx, pixels, tile, input);
+    else
+        write_lines<1, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(dx, pixels, tile, input);
 }
 
 // exponent = the least with |dy| < 2^exponent for all finite dy other than 0, or what it was.

@@ -245,6 +245,13 @@ __device__ inline Taps<R> taps_at(Vector2<R> at, const Extent& extent, int mode)
     return taps;
 }
 
+// Where in the input a place of the output, counted from the middle, comes from.
+template <typename R>
+__device__ inline Vector2<R> way_back(const Picture<R>& picture, R x, R y) {
+    return {fma(picture.a, x, fma(picture.b, y, picture.c)),
+            fma(picture.d, x, fma(picture.e, y, picture.f))};
+}
+
 // The taps of a pixel of the output.
 template <typename R, int TILE_WIDTH, int TILE_HEIGHT>
 __device__ inline Taps<R> taps_of(const Scene<R, TILE_WIDTH, TILE_HEIGHT>& scene, const Tile& tile,
@@ -256,10 +263,7 @@ __device__ inline Taps<R> taps_of(const Scene<R, TILE_WIDTH, TILE_HEIGHT>& scene
         x += by.x;
         y += by.y;
     }
-    const Picture<R>& picture = scene.picture;
-    return taps_at<R>({fma(picture.a, x, fma(picture.b, y, picture.c)),
-                       fma(picture.d, x, fma(picture.e, y, picture.f))},
-                      extent, settings.mode);
+    return taps_at(way_back(scene.picture, x, y), extent, settings.mode);
 }
 
 // The weighted sum of the taps, for channels of one picture.

@@ -63,6 +63,7 @@ NO_EXPONENT = -10_000
 
 FORWARD = CudaKernel("augment.cu", "augment_forward_kernel")
 EXPONENT = CudaKernel("augment.cu", "augment_exponent_kernel")
+GATHER = CudaKernel("augment.cu", "augment_gather_kernel")
 SCATTER = CudaKernel("augment.cu", "augment_scatter_kernel")
 GRADIENT = CudaKernel("augment.cu", "augment_gradient_kernel")
 
@@ -96,6 +97,15 @@ class Settings(NamedTuple):
     def clamps(self) -> bool:
         """Whether a colour may be clamped, so that the gradient depends on the picture."""
         return self.clamp and any(self.recolours)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether a pixel finds those that it was a tap of, by the way forth.
+
+        A field has no such way, at borders many pixels are tap of as many, and what was clamped is
+        known to the pixels of the output alone.
+        """
+        return self.field[0] == 0 and self.padding_mode == "zeros" and not self.clamps
 
     def gain(self) -> float:
         """What a gradient grows by at most on its way back through the colours."""
@@ -157,6 +167,14 @@ def _channels_a_block(n_channels: int) -> int:
     return 3 if n_channels == 3 else 1
 
 
+def _lines(written: torch.Tensor) -> tuple[bool, bool]:
+    """Whether channels lie side by side, and whether lines can be written by 16 bytes."""
+    n_channels, width = written.shape[1], written.shape[3]
+    last = n_channels > 1 and is_channels_last(written)
+    line = width * (n_channels if last else 1) * written.element_size()
+    return last, line % 16 == 0 and not (last and _channels_a_block(n_channels) < n_channels)
+
+
 def _augment_forward_fake(
     images: torch.Tensor,
     seed: torch.Tensor,
@@ -194,9 +212,8 @@ def augment_forward(
     if not y.numel():
         return y
     n, n_channels, launch = images.shape[0], images.shape[1], _launch_for(size[1])
-    channels, last = _channels_a_block(n_channels), n_channels > 1 and is_channels_last(images)
-    line = size[1] * (channels if last else 1) * y.element_size()
-    wide = line % 16 == 0 and not (last and channels < n_channels)
+    channels = _channels_a_block(n_channels)
+    last, wide = _lines(y)
     run(
         "augment_forward", FORWARD, (_tiles(launch, n * n_channels // channels, size),),
         images, seed, y, packed(settings, size[1], images.dtype, dtype),
@@ -244,12 +261,16 @@ def augment_backward(
 ) -> torch.Tensor:
     """dx (N, C, H, W) of ``dtype``; the images are needed where the settings ``clamps``.
 
-    Sums are exact but for their terms, each rounded to 2^-60 P of the largest |dy|, with P pixels
-    of the output and what the colours multiply a gradient by.
+    Sums that are not gathered, in float32 or float64, are exact but for their terms, each rounded
+    to 2^-60 P of the largest |dy|, with P pixels of the output and what the colours multiply a
+    gradient by.
     """
     settings = Settings(ranges, field, colours, padding_mode, clamp)
     dx = _augment_backward_fake(dy, images, seed, input_size, *settings, dtype, channels_last)
     if not dy.numel():
+        return dx
+    if settings.is_gathered:
+        _gather(dy, seed, dx, settings)
         return dx
     seen = images if settings.clamps else None
     at_once = max(SUMS_AT_ONCE // dx[0].numel(), 1)
@@ -264,6 +285,19 @@ def augment_backward(
         _scatter(dy, seen, seed, exponent, sums, marks, dx, content, first, n, shift)
         _finish(exponent, sums, marks, dx, first * dx[0].numel(), n * dx[0].numel(), shift)
     return dx
+
+
+def _gather(dy: torch.Tensor, seed: torch.Tensor, dx: torch.Tensor, settings: Settings) -> None:
+    """Let each pixel of the input find those of the output that it was a tap of."""
+    (n, n_channels, *size), launch = dx.shape, _launch_for(dx.shape[3])
+    channels = _channels_a_block(n_channels)
+    last, wide = _lines(dx)
+    run(
+        "augment_backward", GATHER, (_tiles(launch, n * n_channels // channels, size),),
+        dy, seed, dx, packed(settings, dy.shape[3], dx.dtype, dy.dtype),
+        _extent(n_channels, size, dy.shape[2:]), _strides(dy), int(wide),
+        launch=launch, S=dx.dtype, T=dy.dtype, CHANNELS=channels, LAST=last,
+    )  # fmt: skip
 
 
 def _largest_exponent(dy: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from scenario import Scenario
 BYTE, SINGLE, HALF, BRAIN = torch.uint8, torch.float32, torch.float16, torch.bfloat16
 # What is asked of the kernels is in their arguments: their code is the same for all distortions.
 SETTINGS = settings_of(rotation=30, elastic_amplitude=3, brightness=0.4)
+TURNED = settings_of(rotation=30)
 TAPS = 4
 
 # Name: (shape, channels_last, dtypes in and out). Tiles are narrow up to 32 columns.
@@ -30,6 +31,12 @@ FORWARD: dict[str, tuple[list[int], bool, torch.dtype, torch.dtype]] = {
 BACKWARD: dict[str, tuple[list[int], bool, torch.dtype]] = {
     "float32": ([8, 3, 64, 224], True, SINGLE),
     "bfloat16-narrow-odd": ([1, 1, 27, 27], False, BRAIN),
+}
+# Gradients that are gathered.
+GATHERED: dict[str, tuple[list[int], bool, torch.dtype]] = {
+    "bfloat16": ([8, 3, 64, 224], True, BRAIN),
+    "float32": ([8, 3, 64, 224], False, SINGLE),
+    "float32-narrow": ([8, 1, 28, 28], False, SINGLE),
 }
 
 
@@ -56,5 +63,13 @@ def augment_scenarios() -> dict[str, Scenario]:
         found[f"augment-backward-{name}"] = Scenario(
             partial(launchers["augment_backward"], *arguments),
             capabilities=(80, 90, 100) if name == "float32" else (90,),
+        )
+    for name, (shape, last, dtype) in GATHERED.items():
+        dy = _images(shape, dtype, last)
+        found[f"augment-gather-{name}"] = Scenario(
+            partial(launchers["augment_backward"], dy, None, seed, shape[2:], *TURNED, dtype, last),
+            wide_only=True,
+            narrow_allowed=2 + 3 * shape[1],  # the gradients that are looked at
+            capabilities=(80, 90, 100) if name == "bfloat16" else (90,),
         )
     return found
