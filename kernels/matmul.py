@@ -173,42 +173,34 @@ def epilogue_kernel(
 @triton.jit
 def epilogue_backward_kernel(
     dy_ptr, saved_ptr, seed_ptr, dz_ptr, dbias_ptr, n_rows, n_cols, stride_dy_row, stride_dy_col,
-    stride_saved_row, stride_saved_col, rows_a_program, threshold, scale,
+    stride_saved_row, stride_saved_col, threshold, scale,
     GRADIENT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """dz = f'(saved) dropout(dy), and its column sums, in one pass over dy.
 
-    A program owns ``rows_a_program`` rows of BLOCK_COLS columns, and their place in the partial
-    sums dbias, (n_rows / rows_a_program, n_cols). Without ``saved_ptr`` there is no activation,
-    without ``dz_ptr`` only the sums are wanted, without ``dbias_ptr`` only dz.
+    A program owns a tile, and its place in the partial sums dbias, (tiles of rows, n_cols). Without
+    ``saved_ptr`` there is no activation, without ``dz_ptr`` only the sums are wanted, without
+    ``dbias_ptr`` only dz.
     """
     tiles_across = tl.cdiv(n_cols, BLOCK_COLS)
-    down = tl.program_id(0) // tiles_across
-    first_row = down * rows_a_program
-    col = tl.program_id(0) % tiles_across * BLOCK_COLS
-    cols = col + tl.arange(0, BLOCK_COLS)
-    sum_type: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    sums = tl.zeros((BLOCK_COLS,), dtype=sum_type)
-    for row in tl.range(first_row, tl.minimum(first_row + rows_a_program, n_rows), BLOCK_ROWS):
-        rows = row + tl.arange(0, BLOCK_ROWS)
-        wide_rows = rows.to(tl.int64)[:, None]
-        wide_cols = cols.to(tl.int64)[None, :]
-        mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-        at_dy = wide_rows * stride_dy_row + wide_cols * stride_dy_col
-        dz = widen(tl.load(dy_ptr + at_dy, mask=mask, other=0.0))
-        if seed_ptr is not None:
-            dz *= dropout_factor(
-                seed_ptr, rows, col, n_cols, threshold, scale, QUADS, BLOCK_ROWS, BLOCK_COLS
-            )
-        if saved_ptr is not None:
-            at_saved = wide_rows * stride_saved_row + wide_cols * stride_saved_col
-            saved = widen(tl.load(saved_ptr + at_saved, mask=mask, other=0.0))
-            dz = GRADIENT(dz, saved, P0, P1)
-        if dz_ptr is not None:
-            at = wide_rows * n_cols + wide_cols
-            tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        sums += tl.sum(tl.where(mask, dz, 0.0), axis=0)
+    down, col = tl.program_id(0) // tiles_across, tl.program_id(0) % tiles_across * BLOCK_COLS
+    rows, cols = down * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), col + tl.arange(0, BLOCK_COLS)
+    wide_rows, wide_cols = rows.to(tl.int64)[:, None], cols.to(tl.int64)[None, :]
+    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    at_dy = wide_rows * stride_dy_row + wide_cols * stride_dy_col
+    dz = widen(tl.load(dy_ptr + at_dy, mask=mask, other=0.0))
+    if seed_ptr is not None:
+        dz *= dropout_factor(
+            seed_ptr, rows, col, n_cols, threshold, scale, QUADS, BLOCK_ROWS, BLOCK_COLS
+        )
+    if saved_ptr is not None:
+        at_saved = wide_rows * stride_saved_row + wide_cols * stride_saved_col
+        saved = widen(tl.load(saved_ptr + at_saved, mask=mask, other=0.0))
+        dz = GRADIENT(dz, saved, P0, P1)
+    if dz_ptr is not None:
+        at = wide_rows * n_cols + wide_cols
+        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if dbias_ptr is not None:
         at_sum = down.to(tl.int64) * n_cols + cols
-        tl.store(dbias_ptr + at_sum, sums, mask=cols < n_cols)
+        tl.store(dbias_ptr + at_sum, tl.sum(tl.where(mask, dz, 0.0), 0), mask=cols < n_cols)

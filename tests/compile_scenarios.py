@@ -23,6 +23,7 @@ from gpunn.functional.glu import GATES
 from gpunn.kernels import convolve, glu, launch, product
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import launchers
+from gpunn.kernels.linear import BACKWARD_LAUNCHES
 from gpunn.kernels.product import Epilogue, MatmulLaunch
 from gpunn.profiling.static_report import Report, chip, meta, report
 from group_norm_scenarios import group_norm_scenarios
@@ -155,6 +156,13 @@ def _linear_scenarios() -> dict[str, Scenario]:
                     backward, y, y, dropout, activation, [], 0.1 if name else 0.0, HALF, True, True
                 )
             )
+    for tile in BACKWARD_LAUNCHES:
+        narrow = meta(SIZE, tile.block_cols)
+        found[f"epilogue-backward-{tile.block_cols}-columns"] = Scenario(
+            partial(backward, narrow, narrow, None, "gelu", [], 0.0, HALF, True, True),
+            wide_only=True,
+            narrow_allowed=1,  # of the sums
+        )
     found["epilogue-backward-bias-alone"] = Scenario(
         partial(backward, y, None, None, "identity", [], 0.0, HALF, False, True)
     )
