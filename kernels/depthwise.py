@@ -92,7 +92,7 @@ def grouped_weight_kernel(
     dz_col = col.to(tl.int64) * stride_dz_c
     x_col = ((col // n_outputs).to(tl.int64) * n_channels + c) * stride_x_c
     sum_type: tl.constexpr = tl.float64 if dz_ptr.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((BLOCK_COLS,), dtype=sum_type)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=sum_type)
     steps_a_part = tl.cdiv(tl.cdiv(n_places, BLOCK_ROWS), N_PARTS)
     first = part * steps_a_part * BLOCK_ROWS
     last = tl.minimum(first + steps_a_part * BLOCK_ROWS, n_places)
@@ -108,6 +108,6 @@ def grouped_weight_kernel(
         at_x += iw.to(tl.int64) * stride_x_w
         dz = tl.load(dz_ptr + at_dz[:, None] + dz_col[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + at_x[:, None] + x_col[None, :], mask=mask, other=0.0)
-        total += tl.sum(widen(dz) * widen(x), axis=0)
+        total += widen(dz) * widen(x)
     at = (part.to(tl.int64) * n_cols + col) * n_steps + step
-    tl.store(partial_ptr + at, total, mask=col < n_cols)
+    tl.store(partial_ptr + at, tl.sum(total, 0), mask=col < n_cols)

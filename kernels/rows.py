@@ -144,8 +144,8 @@ def row_norm_backward_kernel(
     """
     block = tl.arange(0, BLOCK_COLS)
     out_type: tl.constexpr = tl.float64 if mean_ptr.dtype.element_ty == tl.float64 else tl.float32
-    dweight = tl.zeros((BLOCK_COLS,), dtype=out_type)
-    dbias = tl.zeros((BLOCK_COLS,), dtype=out_type)
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=out_type)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=out_type)
     step = tl.num_programs(0) * BLOCK_ROWS
     for row in tl.range(tl.program_id(0) * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
         rows = (row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
@@ -159,8 +159,8 @@ def row_norm_backward_kernel(
             ds = g - hat * (tl.sum(g * hat, 1) / n_cols)[:, None]
             if CENTRED:
                 ds -= (tl.sum(g, 1) / n_cols)[:, None]
-            dweight += tl.sum(dy * hat, 0)
-            dbias += tl.sum(dy, 0)
+            dweight += dy * hat
+            dbias += dy
             store_gradients(ds * invstd[:, None], extra_ptr, seed_ptr, dx_ptr, dresidual_ptr, rows,
                             0, n_cols, mask, threshold, dropout_scale, QUADS, BLOCK_ROWS,
                             BLOCK_COLS)  # fmt: skip
@@ -185,10 +185,10 @@ def row_norm_backward_kernel(
                                 BLOCK_ROWS, BLOCK_COLS)  # fmt: skip
     if dweight_ptr is not None:
         at = tl.program_id(0).to(tl.int64) * n_cols + block
-        tl.store(dweight_ptr + at, dweight, mask=block < n_cols)
+        tl.store(dweight_ptr + at, tl.sum(dweight, 0), mask=block < n_cols)
     if dbias_ptr is not None:
         at = tl.program_id(0).to(tl.int64) * n_cols + block
-        tl.store(dbias_ptr + at, dbias, mask=block < n_cols)
+        tl.store(dbias_ptr + at, tl.sum(dbias, 0), mask=block < n_cols)
 
 
 @triton.jit
@@ -198,14 +198,15 @@ def column_sums_kernel(
 ):  # fmt: skip
     """Partial sums of dy hat and dy over rows, (programs down, n_cols), for rows too long to hold.
 
-    A program owns ``rows_a_program`` rows of BLOCK_COLS columns.
+    A program owns ``rows_a_program`` rows of BLOCK_COLS columns. What warps have in common is
+    added up at the end: in the loop they would wait for each other.
     """
     across = tl.cdiv(n_cols, BLOCK_COLS)
     down = tl.program_id(0) // across
     cols = tl.program_id(0) % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     out_type: tl.constexpr = tl.float64 if mean_ptr.dtype.element_ty == tl.float64 else tl.float32
-    dweight = tl.zeros((BLOCK_COLS,), dtype=out_type)
-    dbias = tl.zeros((BLOCK_COLS,), dtype=out_type)
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=out_type)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=out_type)
     first = down * rows_a_program
     for row in tl.range(first, tl.minimum(first + rows_a_program, n_rows), BLOCK_ROWS):
         rows = (row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
@@ -215,10 +216,10 @@ def column_sums_kernel(
         invstd = tl.load(invstd_ptr + rows, mask=is_row, other=0.0)
         dy, hat, _g = hat_and_gradient(dy_ptr, s_ptr, None, rows, cols, n_cols, mask, mean,
                                        invstd)  # fmt: skip
-        dweight += tl.sum(dy * hat, 0)
-        dbias += tl.sum(dy, 0)
+        dweight += dy * hat
+        dbias += dy
     at = down.to(tl.int64) * n_cols + cols
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + at, dweight, mask=cols < n_cols)
+        tl.store(dweight_ptr + at, tl.sum(dweight, 0), mask=cols < n_cols)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + at, dbias, mask=cols < n_cols)
+        tl.store(dbias_ptr + at, tl.sum(dbias, 0), mask=cols < n_cols)
