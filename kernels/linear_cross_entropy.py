@@ -2,9 +2,9 @@
 
 Forward, the logits of a chunk are a product in a buffer; a kernel takes from them what runs along
 rows: the maximum, Σ exp(x - maximum), the logit of the row's class, with smoothing Σ w x. Backward,
-each chunk's logits are computed again and become their gradient in place. From that follow all of
-the chunk's rows of dW and db, each from one sum, and what the chunk adds to dx, which is float32
-until it is complete.
+each chunk's logits are computed again, unless all were kept, and their gradient takes the buffer.
+From that follow all of the chunk's rows of dW and db, each from one sum, and what the chunk adds to
+dx, which is float32 until it is complete.
 
 Sources: M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018,
 https://arxiv.org/abs/1805.02867; E. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
@@ -98,22 +98,35 @@ def chunk_size_of(n_rows: int) -> int:
 
 
 def _chunks(
-    name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chunk_size: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The classes of one chunk after another, and their logits, always in the same buffer."""
-    n_rows, n_classes = x.shape[0], weight.shape[0]
-    buffer = x.new_empty(n_rows * min(chunk_size, n_classes))
+    n_rows: int, n_classes: int, chunk_size: int, *memory: torch.Tensor
+) -> Iterator[tuple[Any, ...]]:
+    """The classes of one chunk after another, and its (n_rows, classes) in each of ``memory``.
+
+    What has room for all chunks has one behind the other, what has not is used again.
+    """
     for first in range(0, n_classes, chunk_size):
         here = slice(first, min(first + chunk_size, n_classes))
         n_here = here.stop - first
-        logits = buffer[: n_rows * n_here].view(n_rows, n_here)
-        part = None if bias is None else bias[here]
-        if part is not None and chosen_backend() == "auto":
-            record_fallback(f"{name}: the product", "a bias alone: PyTorch's")
-            torch.addmm(part, x, weight[here].T, out=logits)
-        else:
-            product(name, x, weight[here], Epilogue(logits, part))
-        yield here, logits
+        starts = (first * n_rows if m.numel() == n_rows * n_classes else 0 for m in memory)
+        pairs = zip(memory, starts, strict=True)
+        yield here, *(m[s : s + n_rows * n_here].view(n_rows, n_here) for m, s in pairs)
+
+
+def _compute(
+    name: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    here: slice,
+    logits: torch.Tensor,
+) -> None:
+    """The logits of a chunk."""
+    part = None if bias is None else bias[here]
+    if part is not None and chosen_backend() == "auto":
+        record_fallback(f"{name}: the product", "a bias alone: PyTorch's")
+        torch.addmm(part, x, weight[here].T, out=logits)
+    else:
+        product(name, x, weight[here], Epilogue(logits, part))
 
 
 def _forward_fake(
@@ -125,16 +138,17 @@ def _forward_fake(
     ignore_index: int,
     smoothing: float,
     chunk_size: int,
+    keep: bool,
 ) -> tuple[torch.Tensor, ...]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     loss, row_weight, lse = (x.new_empty(x.shape[0], dtype=wide) for _ in range(3))
-    return loss, row_weight, lse
+    return loss, row_weight, lse, x.new_empty(x.shape[0] * linear_weight.shape[0] if keep else 0)
 
 
 @operator(
     "linear_cross_entropy_forward(Tensor x, Tensor linear_weight, Tensor? linear_bias, "
-    "Tensor target, Tensor? weight, int ignore_index, float smoothing, SymInt chunk_size) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor target, Tensor? weight, int ignore_index, float smoothing, SymInt chunk_size, "
+    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
 )
 def linear_cross_entropy_forward(
@@ -146,22 +160,26 @@ def linear_cross_entropy_forward(
     ignore_index: int,
     smoothing: float,
     chunk_size: int,
+    keep: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Loss, weight and lse of each row of x (N, H), for linear_weight (C, H), linear_bias (C,).
 
-    target (N,), int64, and weight (C,) are contiguous, the others of any strides.
+    target (N,), int64, and weight (C,) are contiguous, the others of any strides. Last the logits,
+    a chunk behind the other, to ``keep`` them, else nothing.
     """
     given = x, linear_weight, linear_bias, target, weight, ignore_index, smoothing, chunk_size
-    outputs = _forward_fake(*given)
+    *outputs, kept = _forward_fake(*given, keep)
     n_rows, n_classes = x.shape[0], linear_weight.shape[0]
+    memory = kept if keep else x.new_empty(n_rows * min(chunk_size, n_classes))
     state = outputs[0].new_zeros((4, n_rows))
     state[0] = -math.inf
     weight_sum = sum_of_weights(weight, n_classes, state)
-    for here, logits in _chunks(FORWARD, x, linear_weight, linear_bias, chunk_size):
+    for here, logits in _chunks(n_rows, n_classes, chunk_size, memory):
+        _compute(FORWARD, x, linear_weight, linear_bias, here, logits)
         results = outputs if here.stop == n_classes else (None, None, None)
         tensors = logits, target, weight, weight_sum, state, *results
         chunk_statistics(tensors, here.start, n_classes, ignore_index, smoothing)
-    return outputs
+    return *outputs, kept
 
 
 def chunk_statistics(
@@ -191,6 +209,7 @@ def _backward_fake(
     weight: torch.Tensor | None,
     row_weight: torch.Tensor,
     lse: torch.Tensor,
+    kept: torch.Tensor,
     ignore_index: int,
     smoothing: float,
     chunk_size: int,
@@ -203,7 +222,7 @@ def _backward_fake(
 @operator(
     "linear_cross_entropy_backward(Tensor dloss, Tensor x, Tensor linear_weight, "
     "Tensor? linear_bias, Tensor target, Tensor? weight, Tensor row_weight, Tensor lse, "
-    "int ignore_index, float smoothing, SymInt chunk_size, bool[] needs) "
+    "Tensor kept, int ignore_index, float smoothing, SymInt chunk_size, bool[] needs) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
@@ -216,31 +235,36 @@ def linear_cross_entropy_backward(
     weight: torch.Tensor | None,
     row_weight: torch.Tensor,
     lse: torch.Tensor,
+    kept: torch.Tensor,
     ignore_index: int,
     smoothing: float,
     chunk_size: int,
     needs: list[bool],
 ) -> tuple[torch.Tensor, ...]:
     """dx, dW and db, those that ``needs`` says, from each loss's gradient; the others are empty."""
-    given = x, linear_weight, linear_bias, target, weight, row_weight, lse, ignore_index, smoothing
+    n_rows, n_classes = x.shape[0], linear_weight.shape[0]
     # dx in its own type comes last, when the chunk's memory is free
-    dx, dweight, dbias = _backward_fake(dloss, *given, chunk_size, [False, *needs[1:]])
+    dweight = x.new_empty(linear_weight.shape if needs[1] else (0,))
+    dbias = x.new_empty((n_classes if needs[2] else 0,))
     sums = lse.new_zeros(x.shape if needs[0] else (0,))
-    n_classes = linear_weight.shape[0]
     dloss, weight_sum = dloss.contiguous(), sum_of_weights(weight, n_classes, lse)
-    for here, logits in _chunks(BACKWARD, x, linear_weight, linear_bias, chunk_size):
+    buffer = x.new_empty(n_rows * min(chunk_size, n_classes))
+    memory = kept if kept.numel() else buffer
+    for here, logits, dlogits in _chunks(n_rows, n_classes, chunk_size, memory, buffer):
+        if memory is buffer:
+            _compute(BACKWARD, x, linear_weight, linear_bias, here, logits)
         part = None if weight is None else weight[here]
-        tensors = dloss, logits, target, part, weight_sum, row_weight, lse, logits
+        tensors = dloss, logits, target, part, weight_sum, row_weight, lse, dlogits
         write_gradient(BACKWARD, tensors, here.start, n_classes, ignore_index, smoothing)
         if needs[0]:
-            _add_product(sums, logits, linear_weight[here])
+            _add_product(sums, dlogits, linear_weight[here])
         if needs[1]:
-            product(BACKWARD, logits.T, x.T, Epilogue(dweight[here]))
+            product(BACKWARD, dlogits.T, x.T, Epilogue(dweight[here]))
         if needs[2]:
             options: Any = "identity", [], 0.0, x.dtype, False, True
-            dbias[here] = linear_epilogue_backward(logits, None, None, *options)[1]
-    del logits
-    return sums.to(x.dtype) if needs[0] else dx, dweight, dbias
+            dbias[here] = linear_epilogue_backward(dlogits, None, None, *options)[1]
+    del buffer, memory, logits, dlogits
+    return sums.to(x.dtype) if needs[0] else x.new_empty((0,)), dweight, dbias
 
 
 def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -263,6 +287,7 @@ def _forward_flops(x: Any, linear_weight: Any, *rest: Any, **keywords: Any) -> i
 
 @register_flop_formula(torch.ops.gpunn.linear_cross_entropy_backward)
 def _backward_flops(dloss: Any, x: Any, linear_weight: Any, *rest: Any, **keywords: Any) -> int:
-    """Of the logits again, and of the products for dx and dW."""
-    needs = rest[-1]
-    return int(2 * math.prod(x) * linear_weight[0] * (1 + needs[0] + needs[1]))
+    """Of the logits again, unless they were kept, and of the products for dx and dW."""
+    *_, kept, _ignore_index, _smoothing, _chunk_size, needs = rest
+    n_products = needs[0] + needs[1] + (math.prod(kept) == 0)
+    return int(2 * math.prod(x) * linear_weight[0] * n_products)

@@ -149,8 +149,7 @@ class TrainingStep:
     def case(self) -> Case:
         """Parameters are read twice and their gradients written; what lies between is not counted.
 
-        Three products a weight and token; of attention 3.5 times what its forward pass takes. Ours
-        makes the logits twice rather than keep them: that is not work that the step asks for.
+        Three products a weight and token; of attention 3.5 times what its forward pass takes.
         """
         network, n_tokens = self.network, self.batch * self.network.length
         n_pairs = self.batch * network.length**2 // 2

@@ -117,6 +117,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "has_weight": draw(st.booleans()),
         "ignore_index": draw(st.sampled_from([None, 0, n_classes - 1])),
         "needs": draw(st.lists(st.booleans(), min_size=3, max_size=3)),
+        "keep_logits": draw(st.booleans()),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -136,9 +137,8 @@ def test_agrees_with_torch_on_drawn_problems(problem: dict[str, Any], device: st
     if problem["ignore_index"] is not None:
         arguments["ignore_index"] = problem["ignore_index"]
     results = []
-    for function, extra in (
-        (GF.linear_cross_entropy, {"chunk_size": problem["chunk_size"]}), (by_torch, {}),
-    ):  # fmt: skip
+    in_chunks = {name: problem[name] for name in ("chunk_size", "keep_logits")}
+    for function, extra in ((GF.linear_cross_entropy, in_chunks), (by_torch, {})):
         needs = [*problem["needs"]]
         x, weight, *bias = leaves = [
             t.detach().requires_grad_(need) for t, need in zip(layer, needs, strict=False)

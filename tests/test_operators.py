@@ -167,9 +167,9 @@ def linear_cross_entropy_arguments(device: str) -> dict[str, tuple[object, ...]]
     loss = torch.tensor([5, 2, 0], device=device), weight
     options: tuple[object, ...] = 2, 0.1, 4
     return {
-        "linear_cross_entropy_forward": (*layer, *loss, *options),
+        "linear_cross_entropy_forward": (*layer, *loss, *options, True),
         "linear_cross_entropy_backward": (
-            rows, *layer, *loss, rows, rows + 4, *options, [True, False, True]
+            rows, *layer, *loss, rows, rows + 4, x.new_empty(0), *options, [True, False, True]
         ),
     }  # fmt: skip
 

@@ -45,11 +45,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         given = x, linear_weight, linear_bias, target, weight
-        loss, row_weight, lse = linear_cross_entropy_forward(*given, *options)
-        ctx.mark_non_differentiable(row_weight)
-        ctx.save_for_backward(*given, row_weight, lse)
-        ctx.options = options
-        return loss, row_weight
+        loss, *kept = linear_cross_entropy_forward(*given, *options)
+        ctx.mark_non_differentiable(kept[0])
+        ctx.save_for_backward(*given, *kept)
+        *ctx.options, _keep = options
+        return loss, kept[0]
 
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor, *of_weights: Any) -> tuple[Any, ...]:
@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rest: Any = *saved, *ctx.options, needs
             found = linear_cross_entropy_backward(dloss, *rest)
             gradients = [g if need else None for g, need in zip(found, needs, strict=True)]
-        return *gradients, None, None, *[None] * len(ctx.options)
+        return *gradients, None, None, *[None] * (len(ctx.options) + 1)
 
 
 def _check(
@@ -165,7 +165,8 @@ def _value(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parameters):
         found = _LinearCrossEntropy.apply(*given, *options)
     else:
-        found = linear_cross_entropy_forward(*given, *options)
+        rest: Any = *options[:-1], False
+        found = linear_cross_entropy_forward(*given, *rest)
     loss = reduced(found[0], found[1], target, reduction)
     return in_dtype_of(loss[0] if single and reduction == "none" else loss, x, target)
 
@@ -182,14 +183,15 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     chunk_size: int | None = None,
+    keep_logits: bool = False,
 ) -> torch.Tensor:
     """``cross_entropy`` of the logits z = x Wᵀ + b, which never stand in memory at once.
 
     They are computed a chunk of classes at a time, in one buffer, and again in the backward pass:
-    four products where logits that are kept take three. Sums over a chunk and over chunks are
-    float32. Logits that fit one chunk are kept, and so are those of probabilities and of a loss of
-    more dimensions: those are ``linear``, then ``cross_entropy``. A gradient of a gradient has them
-    in memory, too.
+    four products, where logits that are kept take three, and memory for all of them. Sums over a
+    chunk and over chunks are float32. Logits that fit one chunk are kept, and so are those of
+    probabilities and of a loss of more dimensions: those are ``linear``, then ``cross_entropy``. A
+    gradient of a gradient has them in memory, too.
 
     Args:
         input: x, (H,) or (N, H), with any strides.
@@ -202,6 +204,8 @@ def linear_cross_entropy(
         label_smoothing: ε, from 0 to 1, as of ``cross_entropy``.
         options: how torch's function chunks; only it takes notice.
         chunk_size: classes of a chunk; None for as many as make 2²⁷ logits, 4096 at least.
+        keep_logits: whether they are kept for the backward pass; of each chunk the rows are aligned
+            for any product, which those of an odd number of classes are not.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit each other.
@@ -235,4 +239,5 @@ def linear_cross_entropy(
     if not _in_chunks(target, weight, size, *layer):
         return _composed(linear, cross_entropy, *given, **arguments)
     ignored = -100 if ignore_index is None else ignore_index
-    return _value(*layer, target, weight, reduction, ignored, label_smoothing, size)
+    rest = ignored, label_smoothing, size, keep_logits
+    return _value(*layer, target, weight, reduction, *rest)

@@ -15,6 +15,9 @@ import gpunn.functional as GF
 from gpunn import nn
 from gpunn.models.generation import KeyValueCache, check_sampling, evaluating, sample
 
+MOST_KEPT = 2**29
+"""Logits that are kept for the backward pass, and not computed twice: 1 GiB in 16 bits."""
+
 
 class GPTAttention(nn.Module):
     """Causal attention with several heads; (N, L, n_embd) and a residual to the same shape.
@@ -159,7 +162,8 @@ class GPT(nn.Module):
             tokens: (N, L), int64.
             targets: (N, L), int64: the tokens that follow; -100 where there is none to predict.
                 The loss is the mean cross-entropy in nats. It is in forward so that there are no
-                logits to hand out: of many words, a chunk of them stands in memory at a time.
+                logits to hand out: they are kept if they are up to 2²⁹; of more, a chunk stands in
+                memory at a time.
         """
         if tokens.dim() != 2 or tokens.shape[1] > self.n_positions:
             raise ValueError(
@@ -169,7 +173,9 @@ class GPT(nn.Module):
         hidden = self._hidden(tokens)
         if targets is None:
             return GF.linear(hidden, self.wte.weight)
-        return GF.linear_cross_entropy(hidden.flatten(0, 1), self.wte.weight, targets.flatten())
+        hidden, weight = hidden.flatten(0, 1), self.wte.weight
+        keep = hidden.shape[0] * weight.shape[0] <= MOST_KEPT
+        return GF.linear_cross_entropy(hidden, weight, targets.flatten(), keep_logits=keep)
 
     def _hidden(
         self,
