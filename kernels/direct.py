@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_BATCHED = torch._C._dispatch_key_parse("VmapMode")
+"""Of gradients of many vectors at once, as torch.autograd.functional.jacobian can ask for."""
 Places = tuple[tuple[int, ...], tuple[int, ...]]
 # The types that the dispatcher hands on as they are, for each type of a schema.
 _LISTS = list, tuple, torch.Size
@@ -29,6 +31,7 @@ def is_watched() -> bool:
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED)
         or torch._C._autograd._profiler_enabled()
     )
 

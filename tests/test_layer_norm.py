@@ -347,3 +347,21 @@ def test_refuses(
 ) -> None:
     with pytest.raises(error, match=message):
         GF.layer_norm(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_weight_of_rms_norm_is_of_any_dtype(dtype: torch.dtype, device: str) -> None:
+    """As torch's; the result is of the input's."""
+    x, weight = torch.randn(3, 20, device=device).to(dtype), torch.randn(20, device=device)
+    weight = weight.bfloat16().requires_grad_()
+    with gpunn.trace() as trace:
+        y = GF.rms_norm(x, (20,), weight, 1e-5)
+        (dweight,) = torch.autograd.grad(y.sum(), weight)
+    launched(trace, "row_norm_forward", "row_norm_backward")
+    wide = x.double(), weight.detach().double().requires_grad_()
+    exact = F.rms_norm(wide[0], (20,), wide[1], 1e-5)
+    assert (y.dtype, dweight.dtype) == (dtype, torch.bfloat16)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), exact, rtol=2 * step, atol=2 * step)
+    expected = torch.autograd.grad(exact.sum(), wide[1])[0]
+    torch.testing.assert_close(dweight.double(), expected, rtol=2**-7, atol=2**-7)

@@ -120,7 +120,8 @@ def _normalise(
     if input.is_nested:
         decline(name, "nested tensor")
         return _by_torch(input, normalized_shape, weight, bias, residual, options, return_sum)
-    shape = _checked_shape(name, input, normalized_shape, weight, bias, residual)
+    dtypes = (input.dtype, torch.float32) if options.centred else None
+    shape = _checked_shape(name, input, normalized_shape, weight, bias, residual, dtypes)
     n_cols = math.prod(shape)
     plain = residual is None and options.dropout_p == 0
     if not takes(name, input, weight, bias, residual):
@@ -161,8 +162,12 @@ def _checked_shape(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, ...] | None,
 ) -> tuple[int, ...]:
-    """The normalised shape; what does not fit it is refused, as torch does."""
+    """The normalised shape; what does not fit it is refused, as torch does.
+
+    ``dtypes`` are those that weight and bias may have; None for any.
+    """
     shape = tuple(normalized_shape)
     if len(shape) < 1:
         raise RuntimeError(f"normalized_shape: {name} expects one dimension or more, got {shape}")
@@ -176,7 +181,7 @@ def _checked_shape(
             continue
         if tuple(tensor.shape) != shape:
             raise RuntimeError(f"{which}: {name} expects shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in (input.dtype, torch.float32) or tensor.device != input.device:
+        if tensor.device != input.device or (dtypes and tensor.dtype not in dtypes):
             raise RuntimeError(
                 f"{which}: {name} expects {input.dtype} or float32 on {input.device}, "
                 f"got {tensor.dtype} on {tensor.device}"
@@ -263,7 +268,7 @@ def rms_norm(
     """y = s / sqrt(mean(s²) + eps) weight, with s = dropout(input) + residual.
 
     ``eps`` None is the smallest step at 1 of the dtype that sums have: float32, or input's if it is
-    wider. Otherwise as ``layer_norm``.
+    wider. The weight may be of any dtype. Otherwise as ``layer_norm``.
 
     Source: B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", 2019,
     https://arxiv.org/abs/1910.07467.
