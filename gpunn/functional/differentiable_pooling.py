@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gpunn.functional.dispatch import AGAIN, record_fallback
 from gpunn.kernels.pooling import (
     avg_pool_backward,
     avg_pool_forward,
@@ -50,6 +51,7 @@ def _gather_maxima(ddx: torch.Tensor, positions: torch.Tensor, window: list[int]
 
 def _gather(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """images[n, c] at the flat indices[n, c]."""
+    record_fallback("max_pool", AGAIN)
     return torch.gather(images.flatten(2), 2, indices.flatten(2)).view(indices.shape)
 
 
