@@ -1,4 +1,4 @@
-"""Gradients of many vectors at once, as torch.autograd.functional.jacobian can ask for."""
+"""Gradients of many vectors at once, and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -91,3 +91,23 @@ def test_a_vectorised_jacobian(device: str) -> None:
     function = lambda x: GF.linear(x, weight, activation="tanh")  # noqa: E731
     jacobian = torch.autograd.functional.jacobian
     torch.testing.assert_close(jacobian(function, x, vectorize=True), jacobian(function, x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.func's own
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's, of PyTorch's ops
+@pytest.mark.parametrize("name", OPS)
+def test_inside_transforms_of_torch_func(name: str, device: str) -> None:
+    """PyTorch computes, as the trace says, also the gradients of each of a batch."""
+    function, shapes = OPS[name]
+    tensors = [torch.randn(2, *shape, device=device) for shape in shapes]
+    gradients = torch.func.grad(lambda *t: function(*t).square().sum(), tuple(range(len(shapes))))
+    found = []
+    for choice in ("auto", "torch"):
+        torch.manual_seed(1)
+        with gpunn.backend(choice), gpunn.trace() as trace:
+            found.append(torch.func.vmap(gradients, randomness="different")(*tensors))
+        assert not trace.launches
+        reasons = {"auto": "inside a torch.func transform", "torch": "backend('torch')"}
+        assert {f.reason for f in trace.fallbacks} == {reasons[choice]}
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
