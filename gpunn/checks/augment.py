@@ -70,16 +70,21 @@ def check_augment(
     return compare(functools.partial(GF.augment, seed=SEED, **asked), theirs, exact, [images])
 
 
-KERNELS = tuple(
-    f"augment_{kernel}_kernel" for kernel in ("forward", "exponent", "scatter", "gradient")
-)
+def kernels_of(case: str) -> tuple[str, ...]:
+    """Those of which each must run."""
+    gathered = settings_of(**CASES[case][0]).is_gathered
+    names = ("gather",) if gathered else ("exponent", "scatter", "gradient")
+    return tuple(f"augment_{name}_kernel" for name in ("forward", *names))
+
+
+def check(name: str, case: str, channels_last: bool) -> Check:
+    """The check of a case in one layout."""
+    function = functools.partial(check_augment, case, channels_last)
+    return Check("augment", name, function, kernels_of(case))
+
+
 CHECKS = [
-    *(
-        Check("augment", case, functools.partial(check_augment, case, False), KERNELS)
-        for case in CASES
-    ),
-    Check(
-        "augment", "augment, all, channels_last",
-        functools.partial(check_augment, "all", True), KERNELS,
-    ),
-]  # fmt: skip
+    *(check(case, case, False) for case in CASES),
+    check("rotation, channels_last", "rotation", True),
+    check("all, channels_last", "all", True),
+]
