@@ -4,8 +4,8 @@
 
 The gradient of a row is the sum of dy over the tokens that looked it up. Tokens are sorted by
 index; a run of equal ones is cut into pieces of at most ``piece``, so that no program walks along a
-frequent one. What the pieces of a run add up to is added in a second launch. The order is fixed: no
-atomics.
+frequent one. What the pieces of a run add up to is added in a second launch. Where tokens look up
+their positions, a row's are known without sorting. The order is fixed: no atomics.
 """
 
 from __future__ import annotations
@@ -169,6 +169,36 @@ def embedding_join_kernel(
     tl.store(dtable_ptr + at, row, mask=owns & (cols < n_cols))
 
 
+@triton.jit
+def embedding_positions_kernel(
+    dy_ptr, seed_ptr, dtable_ptr,
+    n_sequences, length, n_rows, n_cols, padding_idx, scale, threshold, dropout_scale,
+    QUADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """dtable where token n looked up row n mod ``length``: sums over sequences.
+
+    A program owns a tile of dtable.
+    """
+    across = tl.cdiv(n_cols, BLOCK_COLS)
+    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tl.program_id(0) % across * BLOCK_COLS
+    cols = col + tl.arange(0, BLOCK_COLS)
+    counts = (rows < length) & (rows < n_rows) & (rows != padding_idx)
+    inside = counts[:, None] & (cols < n_cols)[None, :]
+    wide: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=wide)
+    for sequence in tl.range(n_sequences):
+        tokens = rows + sequence * tl.cast(length, tl.int64)
+        at = tokens[:, None] * n_cols + cols[None, :]
+        dy = widen(tl.load(dy_ptr + at, mask=inside, other=0.0))
+        if seed_ptr is not None:
+            dy *= dropout_factor(seed_ptr, tokens, col, n_cols, threshold, dropout_scale, QUADS,
+                                 BLOCK_ROWS, BLOCK_COLS)  # fmt: skip
+        sums += dy
+    at = rows[:, None] * n_cols + cols[None, :]
+    tl.store(dtable_ptr + at, (sums * scale).to(dtable_ptr.dtype.element_ty), mask=inside)
+
+
 def refuse_strangers(indices: torch.Tensor, n_rows: int) -> None:
     """Refuse an index of no row, where the host need not wait for a GPU to know it.
 
@@ -220,8 +250,7 @@ def embedding_forward(
     if positions is not None and positional is not None:
         refuse_strangers(positions, positional.shape[0])
     if y.numel():
-        launch = next((tile for tile in LOOKUPS if n_cols <= tile.block_cols), LOOKUPS[-1])
-        n_programs = cdiv(n_tokens, launch.block_rows) * cdiv(n_cols, launch.block_cols)
+        launch, n_programs = _lookup(n_tokens, n_cols)
         n_positions = 0 if positional is None else positional.shape[0]
         strides = (0, 0) if positional is None else positional.stride()
         run(
@@ -231,6 +260,12 @@ def embedding_forward(
             scale, *dropout_arguments(dropout_p or 1.0), launch=launch, QUADS=n_cols % 4 == 0,
         )  # fmt: skip
     return y
+
+
+def _lookup(n_rows: int, n_cols: int) -> tuple[LookupLaunch, int]:
+    """The tiles of a (n_rows, n_cols), and how many there are."""
+    launch = next((tile for tile in LOOKUPS if n_cols <= tile.block_cols), LOOKUPS[-1])
+    return launch, cdiv(n_rows, launch.block_rows) * cdiv(n_cols, launch.block_cols)
 
 
 def _backward_fake(
@@ -274,18 +309,24 @@ def embedding_backward(
     if dy.numel() == 0 or n_rows == 0:
         return dtable
     n_tokens, n_cols = dy.shape[:-1].numel(), dy.shape[-1]
+    rules = scale, *dropout_arguments(dropout_p or 1.0)
     if indices is None:
-        key, order = _by_position(dy, length)
-    else:
-        key, order = indices.flatten().sort(stable=True)
+        tiles, n_programs = _lookup(min(length, n_rows), n_cols)
+        run(
+            NAME_BACKWARD, embedding_positions_kernel, (n_programs,), dy, seed, dtable,
+            n_tokens // length, length, n_rows, n_cols, padding_idx, *rules, launch=tiles,
+            QUADS=n_cols % 4 == 0,
+        )  # fmt: skip
+        return dtable
+    key, order = indices.flatten().sort(stable=True)
     launch = next((tile for tile in SUMS if n_cols <= tile.block_cols), SUMS[-1])
     n_pieces, across = cdiv(n_tokens, launch.piece), cdiv(n_cols, launch.block_cols)
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     partial = dy.new_empty((n_pieces, 2, n_cols), dtype=wide)
     run(
         NAME_BACKWARD, embedding_backward_kernel, (n_tokens * across,),
-        dy, key, order, seed, dtable, partial, n_tokens, n_rows, n_cols, padding_idx, scale,
-        *dropout_arguments(dropout_p or 1.0), launch=launch, QUADS=n_cols % 4 == 0,
+        dy, key, order, seed, dtable, partial, n_tokens, n_rows, n_cols, padding_idx, *rules,
+        launch=launch, QUADS=n_cols % 4 == 0,
     )  # fmt: skip
     if n_pieces > 1:
         run(
@@ -293,10 +334,3 @@ def embedding_backward(
             key, partial, dtable, n_tokens, n_rows, n_cols, padding_idx, scale, launch=launch,
         )  # fmt: skip
     return dtable
-
-
-def _by_position(dy: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions of tokens in order, and the tokens: those of each, of all sequences."""
-    token = torch.arange(dy.shape[:-1].numel(), device=dy.device).view(-1, length)
-    position = torch.arange(length, device=dy.device)[:, None].expand(length, token.shape[0])
-    return position.flatten().contiguous(), token.t().flatten().contiguous()

@@ -26,6 +26,7 @@ def _embedding(n_cols: int, dtype: torch.dtype, everything: bool) -> None:
         indices, weight, positions, positional, seed, 1024, 2.0, p, dtype
     )
     launchers["embedding_backward"](y, indices, seed, 1024, 50257, 3, 2.0, p, dtype)
+    launchers["embedding_backward"](y, None, seed, 1024, 2048, -1, 2.0, p, dtype)
 
 
 def embedding_scenarios() -> dict[str, Scenario]:
