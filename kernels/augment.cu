@@ -39,6 +39,25 @@ __device__ inline void write_lines(T* y, const T* pixels, const Tile& tile, cons
     }
 }
 
+// The same, by 16 bytes where lines are ``wide``.
+template <bool LAST, int CHANNELS, int TILE_WIDTH, int TILE_HEIGHT, typename T>
+__device__ inline void write_tile(T* y, const T* pixels, const Tile& tile, const Extent& extent,
+                                  bool wide) {
+    constexpr int N = 16 / sizeof(T);
+    if (wide)
+        write_lines<N, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
+    else
+        write_lines<1, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
+}
+
+// Puts the channels of pixel number i of a tile of SIZE where write_tile takes them from.
+template <bool LAST, int SIZE, int CHANNELS, typename R, typename T>
+__device__ inline void put(const R (&values)[CHANNELS], T* pixels, int i) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c++)
+        pixels[LAST ? i * CHANNELS + c : c * SIZE + i] = narrow<T>(Wide<T>(values[c]));
+}
+
 // y[n] = picture n of images, distorted and recoloured. A block owns a tile, of CHANNELS channels.
 // LAST: y lies channels_last in memory, and not contiguous. ``wide``: its lines can be written by
 // 16 bytes; for LAST, CHANNELS is then all channels.
@@ -60,18 +79,10 @@ __global__ void augment_forward_kernel(const S* images, const long long* seed, T
         sample(channel, taps, strides, R(settings.fill), values);
         recolour(values, scene.picture, settings);
         if (settings.divisor != 1) divide(values, R(settings.divisor));
-#pragma unroll
-        for (int c = 0; c < CHANNELS; c++) {
-            int at = LAST ? i * CHANNELS + c : c * TILE_HEIGHT * TILE_WIDTH + i;
-            pixels[at] = narrow<T>(Wide<T>(values[c]));
-        }
+        put<LAST, TILE_HEIGHT * TILE_WIDTH>(values, pixels, i);
     }
     __syncthreads();
-    constexpr int N = 16 / sizeof(T);
-    if (wide)
-        write_lines<N, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
-    else
-        write_lines<1, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent);
+    write_tile<LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(y, pixels, tile, extent, wide);
 }
 
 // The way forth, from a place of the input: and within what of it the pixels of the output are
@@ -152,18 +163,10 @@ __global__ void augment_gather_kernel(const T* dy, const long long* seed, S* dx,
         gather(dy, scene.picture, forth, tile.top + row, tile.left + column, extent, strides,
                gradients);
         recolour_gradient(gradients, ~0u, scene.picture, settings);
-#pragma unroll
-        for (int c = 0; c < CHANNELS; c++) {
-            int at = LAST ? i * CHANNELS + c : c * TILE_HEIGHT * TILE_WIDTH + i;
-            pixels[at] = narrow<S>(Wide<S>(gradients[c]));
-        }
+        put<LAST, TILE_HEIGHT * TILE_WIDTH>(gradients, pixels, i);
     }
     __syncthreads();
-    constexpr int N = 16 / sizeof(S);
-    if (wide)
-        write_lines<N, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(dx, pixels, tile, input);
-    else
-        write_lines<1, LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(dx, pixels, tile, input);
+    write_tile<LAST, CHANNELS, TILE_WIDTH, TILE_HEIGHT>(dx, pixels, tile, input, wide);
 }
 
 // exponent = the least with |dy| < 2^exponent for all finite dy other than 0, or what it was.
