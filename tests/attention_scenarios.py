@@ -119,7 +119,7 @@ def _partial_scenarios() -> dict[str, Scenario]:
     for dtype, precision, heads in (*arithmetics, (torch.float32, "ieee", (40, 72))):
         for head, kernel in itertools.product(heads, KERNELS):
             for kind in ("light", "added", "kept") if dtype == HALF else ("light", "kept"):
-                everywhere = dtype == HALF and head in (24, 40) and kind != "added"
+                everywhere = dtype == HALF and kind != "added"
                 found[f"attention-{kernel}-{kind}-{precision}-{dtype.itemsize}-{head}"] = Scenario(
                     partial(_attention, kernel, kind, dtype, head, precision, SHORT),
                     capabilities=(80, 90, 100) if everywhere else (90,),
