@@ -17,6 +17,16 @@ from scenario import Scenario
 LENGTH, SHORT, HEADS = 4096, 512, 8  # the first long enough for descriptors, on Hopper
 HALF = torch.bfloat16
 KERNELS = "forward", "key_gradients", "query_gradient"
+PARTIAL: list[tuple[torch.dtype, str, int, tuple[str, ...]]] = [
+    (HALF, "ieee", 24, ("light", "added", "kept")),
+    (HALF, "ieee", 72, ("light", "kept")),
+    (HALF, "ieee", 200, ("light", "added", "kept")),
+    (torch.float32, "tf32", 40, ("kept",)),
+    (torch.float32, "tf32", 72, ("kept",)),
+    (torch.float32, "ieee", 40, ("kept",)),
+    (torch.float32, "ieee", 72, ("light", "kept")),
+]
+"""Heads that fill no tile, and what is asked of them."""
 
 
 def _arguments(kind: str, dtype: torch.dtype, head: int, length: int = LENGTH) -> list[Any]:
@@ -115,15 +125,13 @@ def _table_scenarios() -> dict[str, Scenario]:
 def _partial_scenarios() -> dict[str, Scenario]:
     """Heads that fill no tile, which have masks of columns; without options, 16 bytes a load."""
     found = {}
-    arithmetics = (HALF, "ieee", (24, 40, 72, 200)), (torch.float32, "tf32", (40, 72))
-    for dtype, precision, heads in (*arithmetics, (torch.float32, "ieee", (40, 72))):
-        for head, kernel in itertools.product(heads, KERNELS):
-            for kind in ("light", "added", "kept") if dtype == HALF else ("light", "kept"):
-                everywhere = dtype == HALF and kind != "added"
-                found[f"attention-{kernel}-{kind}-{precision}-{dtype.itemsize}-{head}"] = Scenario(
-                    partial(_attention, kernel, kind, dtype, head, precision, SHORT),
-                    capabilities=(80, 90, 100) if everywhere else (90,),
-                )
+    for dtype, precision, head, kinds in PARTIAL:
+        for kind, kernel in itertools.product(kinds, KERNELS):
+            everywhere = dtype == HALF and kind != "added"
+            found[f"attention-{kernel}-{kind}-{precision}-{dtype.itemsize}-{head}"] = Scenario(
+                partial(_attention, kernel, kind, dtype, head, precision, SHORT),
+                capabilities=(80, 90, 100) if everywhere else (90,),
+            )
     for head, kernel in itertools.product((72, 200), KERNELS):
         found[f"attention-{kernel}-causal-{head}"] = Scenario(
             partial(_attention, kernel, "causal", HALF, head, length=SHORT),

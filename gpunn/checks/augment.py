@@ -86,5 +86,5 @@ def check(name: str, case: str, channels_last: bool) -> Check:
 CHECKS = [
     *(check(case, case, False) for case in CASES),
     check("rotation, channels_last", "rotation", True),
-    check("all, channels_last", "all", True),
+    check("augment, all, channels_last", "all", True),
 ]
