@@ -296,10 +296,11 @@ def test_bad_calls_are_refused(i: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
-def test_the_layer_takes_what_some_pictures_allow(dtype: torch.dtype | None) -> None:
-    x = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+def test_the_layer_takes_what_some_pictures_allow(dtype: torch.dtype | None, device: str) -> None:
+    x = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8, device=device)
     for size, expected in ((None, (4, 4)), (3, (3, 3)), ([2, 5], (2, 5))):
-        y = gpunn.nn.Augment(size=size, dtype=dtype)(x)
+        with gpunn.backend("auto"):  # on a GPU, float64 is torch's
+            y = gpunn.nn.Augment(size=size, dtype=dtype)(x)
         assert (y.shape, y.dtype) == ((2, 3, *expected), dtype or torch.uint8)
 
 

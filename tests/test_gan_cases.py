@@ -20,11 +20,11 @@ def test_the_work_of_a_dcgan_step() -> None:
     assert step.bytes == 3 * (2 * (kernels + biases) + 4 * norms) + 2 * 128 * 3 * 64 * 64
 
 
-def test_each_network_gets_the_gradient_of_its_own_loss() -> None:
+def test_each_network_gets_the_gradient_of_its_own_loss(device: str) -> None:
     """Against two losses, written out, of which each is derived by one network's parameters."""
     step = AdversarialStep("small", lambda: dcgan(8, (16, 8)), 3, 16, 8)
-    inputs = step.make(torch.device("cpu"), torch.float64, 0)
-    network = step.drawn(torch.float64)
+    inputs = step.make(torch.device(device), torch.float32, 0)
+    network = step.drawn(torch.float32).to(device)
     parameters = dict(network.named_parameters())
     images, z, *state, _ = inputs
     with torch.no_grad():
@@ -45,4 +45,5 @@ def test_each_network_gets_the_gradient_of_its_own_loss() -> None:
     for name, leaf, wanted in zip(parameters, leaves, (*expected[0], *expected[1]), strict=True):
         assert leaf.grad is not None, name
         assert wanted.norm() > 0, name
-        torch.testing.assert_close(leaf.grad, wanted, msg=name)
+        close = 1e-3 * float(wanted.abs().max())  # which no zeros are within
+        torch.testing.assert_close(leaf.grad, wanted, rtol=1e-3, atol=close, msg=name)

@@ -63,10 +63,18 @@ X, W, Y = torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 1, 2])
     ],
 )  # fmt: skip
 def test_refuses_what_torch_refuses(
-    arguments: tuple[Any, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before anything is launched, with torch's class of error, and so without torch's function."""
     expected: Any = RuntimeError, ValueError
+    arguments = tuple(tensor.to(device) for tensor in arguments)
+    options = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
     if hasattr(F, "linear_cross_entropy"):
         with pytest.raises(Exception) as refusal:  # noqa: PT011  (torch raises many classes)
             F.linear_cross_entropy(*arguments, **options)
