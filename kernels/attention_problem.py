@@ -145,8 +145,8 @@ class Problem:
     def launch(self, kind: Kind) -> AttentionLaunch:
         """The configuration of one of the kernels."""
         heads, dtype = (self.q.shape[-1], self.v.shape[-1]), self.q.dtype
-        is_heavy = self.mask is not None or self.seed is not None
-        shape = Shape(kind, heads, dtype, precision_of(dtype), is_heavy, self.is_plain)
+        options = 2 if self.mask is not None or self.seed is not None else int(not self.is_plain)
+        shape = Shape(kind, heads, dtype, precision_of(dtype), options)
         return launch_for(shape, device_of(self.q))
 
     @property

@@ -166,10 +166,8 @@ class Shape:
     """The widths of the heads of queries and of values."""
     dtype: torch.dtype
     precision: str
-    is_heavy: bool
-    """Whether there is a mask or a dropout."""
-    is_plain: bool
-    """Whether there are no slopes, softcap or window, either."""
+    options: int
+    """0: none but causality. 1: slopes, a softcap or a window, too. 2: also a mask or a dropout."""
 
 
 @lru_cache(maxsize=4096)
@@ -184,7 +182,7 @@ def launch_for(shape: Shape, device: Device) -> AttentionLaunch:
     tiles: tuple[AttentionLaunch, ...] = light, light, heavy
     if any(width not in (64, 128, 256) for width in shape.heads):
         tiles = PARTIAL[chip].get((arithmetic, head, kind), tiles)
-    for tile in tiles[2 if shape.is_heavy else 0 if shape.is_plain else 1 :]:
+    for tile in tiles[shape.options :]:
         # forward one operand stays and two stream past it; backward two stay
         rows = tile.block_queries, tile.block_keys
         own, other = rows[::-1] if kind == "key_gradients" else rows

@@ -261,9 +261,9 @@ def augment_backward(
 ) -> torch.Tensor:
     """dx (N, C, H, W) of ``dtype``; the images are needed where the settings ``clamps``.
 
-    Sums that are not gathered, in float32 or float64, are exact but for their terms, each rounded
-    to 2^-60 P of the largest |dy|, with P pixels of the output and what the colours multiply a
-    gradient by.
+    Where gradients are gathered, sums are in float32, or float64. Others are exact but for their
+    terms, each rounded to 2^-60 P of the largest |dy|, with P pixels of the output and what the
+    colours multiply a gradient by.
     """
     settings = Settings(ranges, field, colours, padding_mode, clamp)
     dx = _augment_backward_fake(dy, images, seed, input_size, *settings, dtype, channels_last)

@@ -20,9 +20,9 @@ from gpunn.kernels.philox import dropout_arguments
 from gpunn.kernels.product import Epilogue, EpilogueLaunch, product
 
 # 16 elements a thread, so that several programs, with all that they read on its way, share a
-# multiprocessor, and the partial sums of a bias are a sixteenth of what is read, or less. One
-# program for many tiles, one after the other, took an H200 166 us for relu's gradient of 8192 x
-# 4096 in bfloat16, whose bytes take 48: by the difference of two rows. These are not measured.
+# multiprocessor, and the partial sums of a bias are a sixteenth of what is read, or less. Not
+# measured; with a program that waited for one tile after the other, the gradients of linear with
+# relu, 8192 rows, 1024 features and 4096 columns, took an H200 359 us in auto, PyTorch 250.
 BACKWARD_LAUNCHES = tuple(EpilogueLaunch(8, 4096 // n, n) for n in (16, 64, 128))
 WIDEST = BACKWARD_LAUNCHES[-1]
 

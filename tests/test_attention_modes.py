@@ -352,7 +352,7 @@ def test_tiles_that_are_ruled_out_are_skipped(
 
 
 def test_what_does_not_fit_gets_smaller_tiles() -> None:
-    shape = Shape("forward", (128, 128), torch.bfloat16, "ieee", False, True)
+    shape = Shape("forward", (128, 128), torch.bfloat16, "ieee", 0)
     assert launch_for(shape, Device(90, 132)) == AttentionLaunch(8, 3, 128, 128)
     small = launch_for(shape, Device(89, 100, 101376))
     assert small.block_queries <= 64
@@ -369,14 +369,14 @@ def test_every_size_of_heads_has_tiles(kind: Kind, precision: str) -> None:
         tiles: tuple[AttentionLaunch, ...] = light, light, heavy
         if widest != column:
             tiles = PARTIAL[90].get(key, tiles)
-        for number, options in enumerate(((False, True), (False, False), (True, False))):
-            shape = Shape(kind, (widest, widest), dtype, precision, *options)
-            assert launch_for(shape, Device(90, 132)) == tiles[number]
+        for options in range(3):
+            shape = Shape(kind, (widest, widest), dtype, precision, options)
+            assert launch_for(shape, Device(90, 132)) == tiles[options]
 
 
 def test_slopes_take_the_registers_that_masks_of_columns_leave() -> None:
     whole, *others = PARTIAL[90]["16 bits", 128, "forward"]
     for heads, expected in (((128, 128), whole), ((72, 72), others[0]), ((128, 72), others[0])):
-        shape = Shape("forward", heads, torch.bfloat16, "ieee", False, False)
+        shape = Shape("forward", heads, torch.bfloat16, "ieee", 1)
         assert launch_for(shape, Device(90, 132)) == expected
-        assert launch_for(replace(shape, is_plain=True), Device(90, 132)) == whole
+        assert launch_for(replace(shape, options=0), Device(90, 132)) == whole

@@ -228,6 +228,18 @@ def test_one_table_of_which_a_gradient_is_wanted(device: str) -> None:
         wanted.requires_grad_(False)
 
 
+@pytest.mark.parametrize("has_indices", [True, False])
+def test_padding_has_no_gradient(has_indices: bool, device: str) -> None:
+    """In the operator, also where token n looked up row n."""
+    dy = torch.randn(2, 4, 5, device=device)
+    indices = torch.arange(4, device=device).repeat(2, 1) if has_indices else None
+    got = torch.ops.gpunn.embedding_backward(dy, indices, None, 4, 6, 2, 1.0, 0.0, torch.float32)
+    expected = torch.zeros(6, 5, device=device)
+    expected[:4] = dy.sum(0)
+    expected[2] = 0
+    torch.testing.assert_close(got, expected)
+
+
 def test_backward_twice_and_bit_identical(device: str, short_pieces: None) -> None:
     indices = torch.randint(3, (60,), device=device)
     weight = torch.randn(3, 6, device=device).requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 import gpunn
 import gpunn.functional as GF
 from closeness import assert_accurate
+from gpunn.kernels import layer_norm as kernels
+from gpunn.kernels.launch import cdiv, device_of
 from gpunn.kernels.layer_norm import LONG, LONGEST, LONGEST_BACKWARD, LONGEST_SUMMED, ROWS
 from gpunn.kernels.philox import draw_seed
 from gpunn.reference.dropout import kept_elements
@@ -92,6 +95,17 @@ def test_lengths(length: int, name: str, dtype: torch.dtype, device: str) -> Non
     trace = assert_right(name, torch.randn(n_rows, length, device=device).to(dtype))
     assert all(record.launch in ROWS for record in trace.launches if record.grid and
                record.kernel != "column_sums_kernel")  # fmt: skip
+
+
+@each_norm
+def test_rows_of_which_a_program_adds_up_more_than_a_tile(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "COLUMNS", replace(kernels.COLUMNS, block_rows=1))
+    n_rows = 8 * device_of(torch.empty(0, device=device)).n_multiprocessors
+    trace = assert_right(name, torch.randn(n_rows, LONGEST_SUMMED + 1, device=device))
+    (sums,) = (record for record in trace.launches if record.kernel == "column_sums_kernel")
+    assert sums.grid[0] < n_rows * cdiv(LONGEST_SUMMED + 1, kernels.COLUMNS.block_cols)
 
 
 @each_dtype
