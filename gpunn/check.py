@@ -14,8 +14,10 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ from gpunn.kernels.launch import Trace, backend, trace
 from gpunn.reference.closeness import Verdict, judge
 
 N_DRAWS = 5
+MOST_PROCESSES = 16
+"""Each has a context of its own on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,52 @@ def kernels_run_here() -> bool:
     return INTERPRETING or torch.cuda.is_available()
 
 
+def device_here() -> str:
+    """Where the kernels are checked."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def n_processes_here() -> int:
+    """How many processes to check in: on a GPU the CPU's compilers take most of the time."""
+    return min(MOST_PROCESSES, os.cpu_count() or 1) if torch.cuda.is_available() else 1
+
+
 def run_checks(
     ops: Iterable[str] | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
+    n_processes: int = 1,
 ) -> list[Row]:
-    """Check these ops, all by default, in every dtype; ``on_row`` is given each row at once."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Check these ops, all by default, in every dtype; ``on_row`` is given each row at once.
+
+    Raises:
+        ValueError: there is no op of a name.
+        BrokenProcessPool: a kernel brought one of several processes down.
+    """
+    counts = {op: len(checks_of(op)) for op in ops or CHECKS}
+    tasks = [
+        (op, index, dtype) for op, n in counts.items() for index in range(n) for dtype in DTYPES
+    ]
     rows = []
-    for check in [check for op in ops or CHECKS for check in checks_of(op)]:
-        for dtype in DTYPES:
-            rows.append(run_check(check, dtype, device))
-            on_row(rows[-1])
+    for row in map(_row, tasks) if n_processes == 1 else _rows_of_processes(tasks, n_processes):
+        rows.append(row)
+        on_row(row)
     return rows
+
+
+Task = tuple[str, int, torch.dtype]
+
+
+def _row(task: Task) -> Row:
+    op, index, dtype = task
+    return run_check(checks_of(op)[index], dtype, device_here())
+
+
+def _rows_of_processes(tasks: Sequence[Task], n_processes: int) -> Iterator[Row]:
+    """The rows in the tasks' order."""
+    with ProcessPoolExecutor(
+        n_processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        yield from pool.map(_row, tasks)
 
 
 def run_check(check: Check, dtype: torch.dtype, device: str) -> Row:
@@ -147,25 +185,21 @@ def _wrong(what: str, verdict: Verdict) -> str | None:
     return f"FAIL: {what}: {verdict.vacuous or 'the error is larger than allowed'}"
 
 
-def interpreted(arguments: Sequence[str], quiet: bool = False) -> int:
+def interpreted(arguments: Sequence[str]) -> int:
     """Run ``gpunn`` with these arguments in a process that interprets kernels; its exit status.
 
     Triton reads ``TRITON_INTERPRET`` when a kernel is defined, so this process cannot change over.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "gpunn", *arguments]
-    silence = subprocess.DEVNULL if quiet else None
-    return subprocess.run(command, env=environment, stdout=silence, stderr=silence).returncode
+    return subprocess.run(command, env=environment).returncode
 
 
 @functools.cache
-def first_fault(op: str) -> str:
+def first_fault(op: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str:
     """The first check of ``op`` that does not pass here, and why; empty where all do.
 
-    Found out once, wherever its kernels can run.
+    Found out once.
     """
-    checks_of(op)
-    if kernels_run_here():
-        red = (row for row in run_checks([op]) if not row.ok)
-        return next((f"{row.case}, {row.dtype}: {row.verdict}" for row in red), "")
-    return "" if interpreted(["check", op], quiet=True) == 0 else f"see `gpunn check {op}`"
+    rows = (run_check(check, dtype, device_here()) for check in checks_of(op) for dtype in dtypes)
+    return next((f"{row.case}, {row.dtype}: {row.verdict}" for row in rows if not row.ok), "")

@@ -68,7 +68,9 @@ def run_check_command(ops: Sequence[str], refuse: Callable[[str], object]) -> in
     names = list(ops) or list(check.CHECKS)
     total = sum(len(check.checks_of(op)) for op in names) * len(check.DTYPES)
     with progress("checking", total) as step:
-        rows = check.run_checks(names, lambda row: step(f"{row.op} {row.case}"))
+        rows = check.run_checks(
+            names, lambda row: step(f"{row.op} {row.case}"), check.n_processes_here()
+        )
     print(table([check.HEADER, *(row.cells() for row in rows)]))
     failed = [row for row in rows if not row.ok]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} checks passed.")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import gpunn
-from gpunn.check import CHECKS, kernels_run_here, run_check
+from gpunn.check import CHECKS, device_here, kernels_run_here, run_check
 from gpunn.kernels import host
 from gpunn.kernels.cuda import cupy_extra, why_no_cupy
 
@@ -89,9 +89,9 @@ def compiler() -> str:
 
 def attempts() -> dict[str, str]:
     """Every op, with the verdict of its first check in float32: a kernel really runs."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        op: run_check(checks[0], torch.float32, device).verdict for op, checks in CHECKS.items()
+        op: run_check(checks[0], torch.float32, device_here()).verdict
+        for op, checks in CHECKS.items()
     }
 
 

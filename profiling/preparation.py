@@ -10,12 +10,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing import get_context
 from multiprocessing.pool import AsyncResult
 from typing import Any
 
 import torch
 
+from gpunn.checks.comparison import DTYPES
 from gpunn.profiling.bench import Match, conditions, require_gpu
 from gpunn.profiling.cases import CASES, CHECKED_AS
 
@@ -40,14 +42,18 @@ def prepare(ops: Sequence[str], seconds: float, progress: Callable[[str], None])
     n_workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))
     progress(f"{n_workers} processes check {len(checks)} ops and compile {len(cases)} cases")
     with _environment(ALONE), get_context("spawn").Pool(n_workers) as pool:
-        checked = {op: pool.apply_async(_first_fault, (op,)) for op in checks}
+        checked = {
+            op: [pool.apply_async(_first_fault, (op, dtype)) for dtype in DTYPES] for op in checks
+        }
         compiled = [pool.apply_async(_compile, task) for task in cases]
-        tasks: list[AsyncResult[Any]] = [*checked.values(), *compiled]
+        tasks: list[AsyncResult[Any]] = [*chain.from_iterable(checked.values()), *compiled]
         for task in tasks:
             task.wait(max(0.0, deadline - time.perf_counter()))
         progress(f"compiled: {sum(task.ready() for task in compiled)} of {len(compiled)} cases")
         return {
-            op: task.get() for op, task in checked.items() if task.ready() and task.successful()
+            op: next(filter(None, (part.get() for part in parts)), "")
+            for op, parts in checked.items()
+            if all(part.ready() and part.successful() for part in parts)
         }
 
 
@@ -66,10 +72,10 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _first_fault(op: str) -> str:
+def _first_fault(op: str, dtype: torch.dtype) -> str:
     from gpunn.check import first_fault
 
-    return first_fault(op)
+    return first_fault(op, (dtype,))
 
 
 def _compile(op: str, index: int) -> None:

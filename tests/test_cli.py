@@ -25,7 +25,7 @@ from gpunn.checks.comparison import Check, Comparison
 from gpunn.cli import main
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.launch import record_fallback
-from kit import OPS
+from kit import OPS, each_dtype
 
 ROOT = Path(gpunn.__file__).resolve().parent.parent
 Capture = pytest.CaptureFixture[str]
@@ -49,6 +49,7 @@ def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only relu's, so that a test of the machinery is quick."""
     relu = [c for c in check.checks_of("activation") if c.case == "relu"]
     monkeypatch.setattr(check, "CHECKS", {"activation": relu})
+    monkeypatch.setattr(check, "n_processes_here", lambda: 1)  # where they are these, too
 
 
 @pytest.fixture
@@ -61,24 +62,38 @@ def fresh_verdicts() -> Iterator[None]:
 # --- check ---
 
 
-def test_check_passes_and_its_table_has_everything(capsys: Capture) -> None:
-    assert main(["check"]) == 0
-    rows = rows_of(capsys.readouterr().out)
-    assert set(rows.values()) == {"ok"}
-    assert {op for op, _, _ in rows} == set(OPS)
-    named = {word for _, case, _ in rows for word in re.findall(r"\w+", case)}
+@each_dtype
+@pytest.mark.parametrize("op", check.CHECKS)
+def test_checks_pass(op: str, dtype: torch.dtype, device: str) -> None:
+    rows = [check.run_check(each, dtype, device) for each in check.checks_of(op)]
+    assert not [row for row in rows if not row.ok]
+
+
+def test_everything_is_checked() -> None:
+    assert set(check.CHECKS) == set(OPS)
+    cases = [each.case for checks in check.CHECKS.values() for each in checks]
+    named = {word for case in cases for word in re.findall(r"\w+", case)}
     # linear's cases name what it fuses, conv3d has no kernel, sync_batch_norm needs processes, and
     # attention of several heads is made of other functions
     made = {"multi_head_attention_forward", "split_heads", "merge_heads"}
     assert set(GF.__all__) - made - {"linear", "conv3d", "sync_batch_norm"} <= named
     assert set(ACTIVATIONS) <= named
-    assert {dtype for _, _, dtype in rows} == {"float32", "float16", "bfloat16"}
-    assert len(rows) == 3 * sum(map(len, check.CHECKS.values()))
+
+
+def test_several_processes_find_the_same() -> None:
+    found: list[Row] = []
+    rows = check.run_checks(["rotary_embedding"], found.append, n_processes=2)
+    assert rows == found == check.run_checks(["rotary_embedding"])
+    assert {row.dtype for row in rows} == {"float32", "float16", "bfloat16"}
+    assert len(rows) == 3 * len(check.CHECKS["rotary_embedding"])
 
 
 def test_check_of_one_op_has_only_that(capsys: Capture) -> None:
     assert main(["check", "glu"]) == 0
-    assert {op for op, _, _ in rows_of(capsys.readouterr().out)} == {"glu"}
+    rows = rows_of(capsys.readouterr().out)
+    assert set(rows.values()) == {"ok"}
+    assert {op for op, _, _ in rows} == {"glu"}
+    assert len(rows) == 3 * len(check.CHECKS["glu"])
 
 
 def test_check_finds_its_way_without_a_gpu() -> None:
@@ -193,22 +208,6 @@ def test_first_fault(
     assert "no kernel ran" in check.first_fault("activation")
     with pytest.raises(ValueError, match="unknown name 'softmux'"):
         check.first_fault("softmux")
-
-
-@pytest.mark.parametrize("status", [0, 1])
-def test_first_fault_in_a_process_that_runs_no_kernels(
-    status: int, fresh_verdicts: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[object] = []
-
-    def run(arguments: object, quiet: bool) -> int:
-        asked.append(arguments)
-        return status
-
-    monkeypatch.setattr(check, "kernels_run_here", lambda: False)
-    monkeypatch.setattr(check, "interpreted", run)
-    assert bool(check.first_fault("glu")) == bool(status)
-    assert asked == [["check", "glu"]]
 
 
 # --- doctor, profile, and the rest ---
