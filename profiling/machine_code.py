@@ -8,15 +8,18 @@ instructions stay unknown.
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from gpunn.kernels import nvrtc
@@ -104,14 +107,17 @@ class _CompileOnly:
 def _by_triton(call: Call, capability: int) -> MachineCode:
     if INTERPRETING:
         raise RuntimeError("static_report: unset TRITON_INTERPRET; it compiles the kernels")
-    active = triton.runtime.driver
+    active, said = triton.runtime.driver, io.StringIO()
     previous = active._active
     active.set_active(_CompileOnly(capability))
     try:
-        found = call.kernel.warmup(*call.arguments, grid=call.grid, **call.keywords)
+        with knobs.nvidia.scope(), redirect_stdout(said):
+            knobs.nvidia.dump_ptxas_log = True
+            found = call.kernel.warmup(*call.arguments, grid=call.grid, **call.keywords)
     finally:
         active._active = previous
-    log = _assembled(found.asm["ptx"], capability)
+    # what Triton has in a cache it does not assemble
+    log = said.getvalue() or _assembled(found.asm["ptx"], capability)
     return MachineCode(
         kernel=found.name,
         n_threads=32 * found.metadata.num_warps,
@@ -125,7 +131,7 @@ def _by_triton(call: Call, capability: int) -> MachineCode:
 
 @lru_cache(64)
 def _assembled(ptx: str, capability: int) -> str:
-    """What Triton's assembler says of a kernel; Triton itself does not keep it."""
+    """What Triton's assembler says of a kernel."""
     architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
     tool = TOOLS / ("ptxas-blackwell" if capability >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:

@@ -51,7 +51,8 @@ def batch_norm_scenarios() -> dict[str, Scenario]:
         name = f"batch-norm-{kind}-{layout}-{activation}-{str(dtype).removeprefix('torch.')}"
         launch = partial(_batch_norm, kind, dtype, last, activation)
         # the parameters and sums of channels, and the bits, are narrower than 16 bytes
-        found[name] = Scenario(partial(launch, 56), wide_only=True, narrow_allowed=24)
+        chips = (90,) if activation == "relu" else (80, 90, 100)
+        found[name] = Scenario(partial(launch, 56), False, True, chips, narrow_allowed=24)
     found["batch-norm-odd-planes"] = Scenario(
         partial(_batch_norm, "backward", torch.bfloat16, False, "relu", 7)
     )

@@ -14,7 +14,7 @@ from gpunn.profiling.static_report import meta
 from scenario import Scenario
 
 HALF = torch.bfloat16
-STRIDE, PADDING, DILATION = [2, 2], [1, 1, 1, 1], [1, 1]
+PADDING, DILATION = [1, 1, 1, 1], [1, 1]
 
 
 def _images(shape: list[int], dtype: torch.dtype, channels_last: bool = True) -> torch.Tensor:
@@ -27,19 +27,21 @@ def _convolution(
 ) -> None:
     """Forward with all that it fuses, or one of the gradients, for (N, C, K, size, groups)."""
     n, c, k, size, groups = sizes
-    x, weight = _images([n, c, size, size], dtype, channels_last), [k, c // groups, 3, 3]
-    y = _images([n, k, size // 2, size // 2], dtype, channels_last)
-    geometry = STRIDE, PADDING, DILATION, groups
+    stride = 1 if kind == "unstrided" else 2
+    size_in, size_out = size // 2 * stride, size // 2
+    x, weight = _images([n, c, size_in, size_in], dtype, channels_last), [k, c // groups, 3, 3]
+    y = _images([n, k, size_out, size_out], dtype, channels_last)
+    geometry = [stride, stride], PADDING, DILATION, groups
     w = meta(*weight, dtype=dtype)
     if kind == "forward":
         bias = meta(k, dtype=dtype)
         launchers["conv_forward"](x, w, bias, y, *geometry, "gelu_tanh", [], True)
-    elif kind == "transposed":
-        launchers["conv_transpose_forward"](
-            y, w, None, None, [size, size], *geometry, "identity", [], False
-        )
-    else:
+    elif kind == "weight":
         launchers["conv_weight_gradient"](y, x, weight, *geometry)
+    else:
+        launchers["conv_transpose_forward"](
+            y, w, None, None, [size_in, size_in], *geometry, "identity", [], False
+        )
 
 
 def _with_precision(ieee: bool, launch: Callable[[], None]) -> None:
@@ -89,18 +91,32 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int], torch.dtype]] = {
 CONTIGUOUS_TOO = ("128x128", "packed", "unaligned-64x64", "float32-64x64", "ieee-64x64")
 
 
+# Each kind with the chips that it is compiled for, if code differs between them: transposed with a
+# stride is four launches, which differ as much from each other.
+KINDS: dict[str, tuple[int, ...]] = {
+    "forward": (80, 90, 100),
+    "weight": (80, 90, 100),
+    "transposed": (90,),
+    "unstrided": (80, 100),
+}
+
+
 def convolution_scenarios() -> dict[str, Scenario]:
     """Of the weight's gradient, the sum of its parts is launched, too."""
     found = {}
     for name, (sizes, dtype) in SIZES.items():
-        for kind in ("forward", "transposed", "weight"):
+        for kind, chips in KINDS.items():
             for channels_last in (True, False) if name in CONTIGUOUS_TOO else (True,):
+                # float32 and contiguous images have the tiles of sm_90 on all chips
+                if not (channels_last and dtype == HALF):
+                    chips = tuple(chip for chip in chips if chip == 90)
                 layout = "" if channels_last else "-contiguous"
                 launch = partial(_convolution, kind, sizes, dtype, channels_last)
                 precise = partial(_with_precision, name.startswith("ieee"), launch)
                 # of the weight's gradient, the sum of the parts is no product
                 cores = dtype == HALF and name != "depthwise" and kind != "weight"
-                # float32 and contiguous images have the tiles of sm_90 on all chips
-                chips = (80, 90, 100) if channels_last and dtype == HALF else (90,)
-                found[f"convolution-{kind}-{name}{layout}"] = Scenario(precise, cores, False, chips)
+                if chips:
+                    found[f"convolution-{kind}-{name}{layout}"] = Scenario(
+                        precise, cores, False, chips
+                    )
     return found

@@ -129,14 +129,15 @@ def check_gradients(
     """gradcheck and (``twice``) gradgradcheck of ``function`` at ``inputs``, in float64.
 
     And, since gradgradcheck only holds the differentiable gradient to its own derivative, that it
-    is the gradient which the kernels compute. Only the interpreter's kernels take float64; on CUDA
+    is the gradient which the kernels compute. The first derivative is taken along a direction that
+    is drawn: references tell of every element. Only the interpreter's kernels take float64; on CUDA
     it is PyTorch's own, by design.
     """
     if not INTERPRETING:
         pytest.skip("gradcheck needs float64, which the kernels take in the interpreter alone")
     inputs = tuple(tensor.detach().double().cpu().requires_grad_() for tensor in inputs)
     with gpunn.trace() as trace:
-        torch.autograd.gradcheck(function, inputs)
+        torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert trace.launches, "no kernel ran"
     assert not trace.fallbacks, trace
     if not twice:

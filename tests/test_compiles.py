@@ -34,7 +34,7 @@ PAIRS = [(name, chip) for name, scenario in SCENARIOS.items() for chip in scenar
 
 
 @pytest.fixture(scope="session")
-def compiled() -> Iterator[Callable[[str, int], list[Report]]]:
+def compiled() -> Iterator[Callable[..., list[Report]]]:
     """Compile in a process without TRITON_INTERPRET, which turns kernels into Python functions."""
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -43,11 +43,11 @@ def compiled() -> Iterator[Callable[[str, int], list[Report]]]:
         finally:
             if interpret is not None:
                 os.environ["TRITON_INTERPRET"] = interpret
-        yield lambda name, chip: pool.submit(reports_of, name, chip).result()
+        yield lambda *arguments: pool.submit(reports_of, *arguments).result()
 
 
 @pytest.mark.parametrize(("name", "chip"), PAIRS, ids=[f"{n}-sm_{c}" for n, c in PAIRS])
-def test_compiles(name: str, chip: int, compiled: Callable[[str, int], list[Report]]) -> None:
+def test_compiles(name: str, chip: int, compiled: Callable[..., list[Report]]) -> None:
     scenario = SCENARIOS[name]
     try:
         reports = compiled(name, chip)
@@ -58,6 +58,18 @@ def test_compiles(name: str, chip: int, compiled: Callable[[str, int], list[Repo
         assert not scenario.faults(report), report
     if scenario.reads_code and any(report.mma is None for report in reports):
         pytest.skip("no disassembler here can read the code: its instructions are not known")
+
+
+@pytest.mark.parametrize("name", ["product-tf32-64x64x16-odd-all-mish", "attention-packed"])
+def test_ptx_and_machine_code_tell_the_same(
+    name: str, compiled: Callable[..., list[Report]]
+) -> None:
+    for read, assembled in zip(compiled(name, 90), compiled(name, 90, False), strict=True):
+        if assembled.instructions is None:
+            pytest.skip("no disassembler here can read the code: its instructions are not known")
+        assert read.wgmma or read.kernel == "attention_delta_kernel"
+        assert assembled.instructions > 100
+        assert replace(assembled, instructions=None) == read
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from kit import LAYOUTS, as_numpy, launched, short_name
 NAMES = ("conv2d", "conv2d", "conv_transpose2d", "conv1d", "conv_transpose1d")
 N_CHUNKS, N_REFUSALS = 15, 30
 # On a GPU almost every drawn problem is kernels to compile, seconds each.
-N_EACH = 75 if INTERPRETING else 4
+N_EACH = 35 if INTERPRETING else 4
 ACTIVATION_NAMES = (None, "relu", "gelu", "silu", "tanh", "leaky_relu")
 LAUNCHERS = ("conv_forward", "conv_transpose_forward", "conv_weight_gradient")
 # Groups, and channels and outputs of each: of 16 and more of both, tiles of one tap; with fewer
