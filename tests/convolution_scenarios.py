@@ -15,6 +15,8 @@ from scenario import Scenario
 
 HALF = torch.bfloat16
 PADDING, DILATION = [1, 1, 1, 1], [1, 1]
+STRIDES = {"transposed": [2, 1], "unstrided": [1, 1]}
+"""Of the kinds that have none of two; a stride of two makes two phases."""
 
 
 def _images(shape: list[int], dtype: torch.dtype, channels_last: bool = True) -> torch.Tensor:
@@ -27,11 +29,11 @@ def _convolution(
 ) -> None:
     """Forward with all that it fuses, or one of the gradients, for (N, C, K, size, groups)."""
     n, c, k, size, groups = sizes
-    stride = 1 if kind == "unstrided" else 2
-    size_in, size_out = size // 2 * stride, size // 2
-    x, weight = _images([n, c, size_in, size_in], dtype, channels_last), [k, c // groups, 3, 3]
-    y = _images([n, k, size_out, size_out], dtype, channels_last)
-    geometry = [stride, stride], PADDING, DILATION, groups
+    stride, half = STRIDES.get(kind, [2, 2]), size // 2
+    size_in = [half * step for step in stride]
+    x, weight = _images([n, c, *size_in], dtype, channels_last), [k, c // groups, 3, 3]
+    y = _images([n, k, half, half], dtype, channels_last)
+    geometry = stride, PADDING, DILATION, groups
     w = meta(*weight, dtype=dtype)
     if kind == "forward":
         bias = meta(k, dtype=dtype)
@@ -40,7 +42,7 @@ def _convolution(
         launchers["conv_weight_gradient"](y, x, weight, *geometry)
     else:
         launchers["conv_transpose_forward"](
-            y, w, None, None, [size_in, size_in], *geometry, "identity", [], False
+            y, w, None, None, size_in, *geometry, "identity", [], False
         )
 
 
@@ -92,7 +94,7 @@ CONTIGUOUS_TOO = ("128x128", "packed", "unaligned-64x64", "float32-64x64", "ieee
 
 
 # Each kind with the chips that it is compiled for, if code differs between them: transposed with a
-# stride is four launches, which differ as much from each other.
+# stride is a launch for each of its phases, which differ as much from each other.
 KINDS: dict[str, tuple[int, ...]] = {
     "forward": (80, 90, 100),
     "weight": (80, 90, 100),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,3 +24,8 @@ def drawing(chunk: int, n: int) -> Callable[[Callable[..., Any]], Callable[..., 
         return decorated
 
     return decorate
+
+
+def expected_at_most(share: float, n: int) -> float:
+    """How many of ``n`` draws have what a share of all has, with two standard deviations."""
+    return share * n + 2 * math.sqrt(share * (1 - share) * n)

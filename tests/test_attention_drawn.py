@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import gpunn
 import gpunn.functional as GF
-from drawing import drawing
+from drawing import drawing, expected_at_most
 from gpunn.checks.comparison import DTYPES, any_algorithm
 from gpunn.kernels import attention_problem
 from gpunn.kernels.attention_tiles import AttentionLaunch
@@ -319,5 +319,5 @@ def test_agrees_with_the_definition(
         seen.add(f"{problem} {short_name(dtype)}")
 
     agrees()
-    assert len(seen) >= N_EACH * 0.9
-    assert counts[1] < counts[0] / 3
+    assert len(seen) >= N_EACH * 0.8
+    assert counts[1] < expected_at_most(1 / 3, counts[0])

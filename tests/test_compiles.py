@@ -1,8 +1,9 @@
 """Every kernel, in each configuration it can choose, compiles for three generations of GPUs.
 
-Machine code for sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200) is made and read on any machine:
-no register spills, shared memory within the chip's limit (which the compiler does not check),
-tensor-core instructions where there should be some, no serialised WGMMA, 128-bit accesses.
+Machine code for sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200) is made on any machine; what the
+assembler says of it and its PTX are read: no register spills, shared memory within the chip's limit
+(which the compiler does not check), tensor-core instructions where there should be some, no
+serialised WGMMA, 128-bit accesses.
 """
 
 from __future__ import annotations

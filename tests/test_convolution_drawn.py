@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import gpunn
 import gpunn.functional as GF
-from drawing import drawing
+from drawing import drawing, expected_at_most
 from gpunn.checks.comparison import DTYPES, any_algorithm
 from gpunn.functional.activation import TORCH
 from gpunn.kernels.activation import ACTIVATIONS
@@ -234,8 +234,8 @@ def test_agrees_with_torch(chunk: int, device: str) -> None:
         seen.add(f"{problem} {short_name(dtype)}")
 
     agrees()
-    assert len(seen) >= N_EACH * 0.9
-    assert counts[1] < counts[0] / 8
+    assert len(seen) >= N_EACH * 0.8
+    assert counts[1] < expected_at_most(1 / 8, counts[0])
 
 
 # --- refusals ---
