@@ -78,8 +78,12 @@ class TestCounts:
 
 
 def tests_command() -> list[str]:
-    """All that runs kernels on a GPU, in parallel, one line a test."""
-    options = ["-n", str(N_WORKERS), "--timeout=120", "-v", "--tb=short", "-rfEs"]
+    """All that runs kernels on a GPU, in parallel, one line a test.
+
+    A file's tests stay in one process as long as others have work: they share compiled kernels.
+    """
+    options = ["-n", str(N_WORKERS), "--dist", "worksteal", "--timeout=240", "-v", "--tb=short"]
+    options.append("-rfEs")
     options += [f"--ignore=tests/test_{name}.py" for name in SAME_EVERYWHERE]
     return [sys.executable, "-m", "pytest", *options]
 
