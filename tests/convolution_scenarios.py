@@ -97,9 +97,9 @@ CONTIGUOUS_TOO = ("128x128", "packed", "unaligned-64x64", "float32-64x64", "ieee
 # stride is a launch for each of its phases, which differ as much from each other.
 KINDS: dict[str, tuple[int, ...]] = {
     "forward": (80, 90, 100),
-    "weight": (80, 90, 100),
+    "weight": (80, 90),
     "transposed": (90,),
-    "unstrided": (80, 100),
+    "unstrided": (100,),
 }
 
 
