@@ -40,18 +40,9 @@ import gpunn
 import gpunn.functional as GF
 from checkpoint import CANNOT_RESUME, Journal, open_journal, what_ran
 from command_line import device_of, parser_for
-from digits_mlp import (
-    MISREAD,
-    Digits,
-    batches,
-    first_traced,
-    load,
-    predict,
-    progress_bar,
-    threads,
-    train_step,
-)
+from digits_mlp import MISREAD, Digits, batches, load, predict, train_step
 from gpunn import nn
+from loops import first_traced, progress_bar, threads
 
 try:
     from matplotlib.axes import Axes

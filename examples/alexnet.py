@@ -38,9 +38,10 @@ import torch
 import gpunn
 from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal
 from command_line import device_of, parser_for
-from digits_mlp import Options, predict, progress_bar, threads, train_step
+from digits_mlp import Options, predict, train_step
 from gpunn import models, nn
 from gpunn.doctor import cpu_name
+from loops import progress_bar, threads
 
 try:
     from matplotlib.figure import Figure

@@ -26,7 +26,6 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -39,11 +38,11 @@ import gpunn
 from checkpoint import CANNOT_RESUME, Loop, Part, open_journal, what_ran
 from command_line import device_of, parser_for
 from gpunn import nn
+from loops import first_traced, progress_bar, threads
 
 try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 except ModuleNotFoundError as error:
@@ -177,44 +176,6 @@ def measure(model: nn.Module, digits: Digits, step: int) -> Point:
         numbers.append(F.cross_entropy(logits, y).item())
         numbers.append((logits.argmax(1) == y).double().mean().item())
     return Point(step, *numbers)
-
-
-@contextmanager
-def threads(at_most: int) -> Iterator[None]:
-    """So many CPU threads, or fewer where torch has been given fewer, as by torchrun.
-
-    Small networks are no faster with more than one; and as many on any machine give the same
-    numbers.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(at_most, before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def progress_bar(doing: str = "training", live: str = "loss {task.fields[loss]:.4f}") -> Progress:
-    """A bar with the loss of the mini-batch beside it, or with what else is to be seen live."""
-    return Progress(
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(live),
-        TimeElapsedColumn(),
-    )
-
-
-@contextmanager
-def first_traced(trace: gpunn.Trace) -> Iterator[None]:
-    """What runs is recorded in the trace, if nothing is yet."""
-    if trace.launches or trace.fallbacks:
-        yield
-        return
-    with gpunn.trace() as found:
-        yield
-    trace.launches.extend(found.launches)
-    trace.fallbacks.extend(found.fallbacks)
 
 
 def train(

@@ -11,8 +11,9 @@ import torch
 import gpunn
 from alexnet import LEARNING_RATE, Region, draw_patches
 from checkpoint import Part
-from digits_mlp import progress_bar, train_step
+from digits_mlp import train_step
 from gpunn import models, nn
+from loops import progress_bar
 
 WIDTHS = (32, 64, 96, 128)  # of the trained network's stages, each of two convolutions
 BATCH = 32

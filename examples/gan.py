@@ -54,10 +54,10 @@ import torch
 import gpunn
 from checkpoint import CANNOT_RESUME, Checkpoints, go_on, save, what_ran
 from command_line import device_of, parser_for
-from digits_mlp import progress_bar, threads
 from gan_judge import N_DIGITS, Images, Judge, large_digits, small_digits
 from gan_pictures import draw_curves, draw_samples, draw_walk
 from gan_training import SETTINGS, Setting, Training
+from loops import progress_bar, threads
 from processes import processes
 
 N_POINTS = 16  # of the curves, after the first

@@ -43,8 +43,8 @@ import torch
 import gpunn
 from checkpoint import CANNOT_RESUME, Loop, Part, digest, open_journal, what_ran
 from command_line import device_of, parser_for
-from digits_mlp import first_traced, progress_bar, threads
 from gpunn.models import GPT
+from loops import first_traced, progress_bar, threads
 
 try:
     from matplotlib.figure import Figure

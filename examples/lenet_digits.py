@@ -34,6 +34,7 @@ from checkpoint import CANNOT_RESUME, Loop, Part, open_journal, what_ran
 from command_line import device_of, parser_for
 from digits_mlp import Digits, Options, Point, Result, batches
 from gpunn import models
+from loops import first_traced, progress_bar, threads
 
 try:
     from matplotlib.figure import Figure
@@ -101,12 +102,12 @@ def train(
         loop.curve.append(astuple(digits_mlp.measure(model, digits, 0)))
     every = max(10, options.steps // 10)
     order = itertools.islice(batches(len(digits.train_x), options.seed), loop.step, None)
-    with digits_mlp.threads(2), digits_mlp.progress_bar() as progress:
+    with threads(2), progress_bar() as progress:
         task = progress.add_task("", total=options.steps, completed=loop.step, loss=math.nan)
         for step in loop:
             batch = next(order)
             x, y = shifted(digits.train_x[batch]), digits.train_y[batch]
-            with digits_mlp.first_traced(trace):
+            with first_traced(trace):
                 loss = digits_mlp.train_step(model, optimizer, x, y)
             decay.step()
             if step % every == 0 or step == options.steps:

@@ -31,7 +31,7 @@ import torch
 import gpunn
 import gpunn.functional as GF
 from command_line import device_of, parser_for
-from digits_mlp import progress_bar, threads
+from loops import progress_bar, threads
 
 try:
     from matplotlib.axes import Axes

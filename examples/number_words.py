@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 import re
+from typing import Any
 
 from translation_data import Corpus, Pair
 
@@ -20,19 +23,28 @@ TEENS = {"dix", "onze", "douze", "treize", "quatorze", "quinze", "seize"}
 LANGUAGES = {"en-de": "de", "en-fr": "fr"}
 
 
-def spelt(number: int, language: str) -> list[str]:
-    """A number in words, of which German compounds are taken apart: zwei und sieb zig.
+@functools.cache
+def speller(language: str) -> Any:
+    """num2words's, without its names for numbers above a million, each of which it would try.
 
     Raises:
         ModuleNotFoundError: num2words is not installed.
     """
     try:
-        from num2words import num2words
+        from num2words import CONVERTER_CLASSES
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"The number words need {error.name}: pip install 'gpunn[demo]'", name=error.name
         ) from None
-    text = num2words(number, lang=language).replace("-", " ").replace(",", "")
+    found = copy.copy(CONVERTER_CLASSES[language])
+    cards = found.cards.items()
+    found.cards = {number: name for number, name in cards if number <= 10**LARGEST_EXPONENT}
+    return found
+
+
+def spelt(number: int, language: str) -> list[str]:
+    """A number in words, of which German compounds are taken apart: zwei und sieb zig."""
+    text = speller(language).to_cardinal(number).replace("-", " ").replace(",", "")
     return GERMAN_PARTS.findall(text) if language == "de" else text.split()
 
 

@@ -45,18 +45,10 @@ import torch.nn.functional as F
 import gpunn
 from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal, what_ran
 from command_line import device_of, parser_for, positive
-from digits_mlp import (
-    Digits,
-    batches,
-    first_traced,
-    load,
-    predict,
-    progress_bar,
-    threads,
-    train_step,
-)
+from digits_mlp import Digits, batches, load, predict, train_step
 from gpunn import nn
 from gpunn.models import resnet_cifar
+from loops import first_traced, progress_bar, threads
 
 try:
     from matplotlib.figure import Figure

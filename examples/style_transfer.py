@@ -53,7 +53,6 @@ import torch
 import gpunn
 from checkpoint import CANNOT_RESUME, Journal, digest, open_journal
 from command_line import device_of, parser_for
-from digits_mlp import progress_bar, threads
 from feature_networks import (
     FeatureNetwork,
     calibrate,
@@ -62,6 +61,7 @@ from feature_networks import (
     vgg19_network,
 )
 from image_optimisation import N_OCTAVES, Goal, dream, judge, strength, transfer
+from loops import progress_bar, threads
 from photographs import (
     edge_correlation,
     match_colours,

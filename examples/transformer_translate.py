@@ -43,8 +43,8 @@ import gpunn
 from bible_verses import FOLDER, bible_verses
 from checkpoint import CANNOT_RESUME, what_ran
 from command_line import device_of, parser_for
-from digits_mlp import threads
 from gpunn.models import TranslationTransformer
+from loops import threads
 from number_words import number_words
 from processes import processes
 from translation_data import Corpus, Sentences, sentence

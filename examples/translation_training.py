@@ -13,8 +13,8 @@ import torch
 import gpunn
 import gpunn.functional as GF
 from checkpoint import Checkpoints, generator_states, go_on, save, set_generator_states
-from digits_mlp import progress_bar
 from gpunn.models import TranslationTransformer, noam_rate, transformer_small
+from loops import progress_bar
 from processes import Processes, set_state, state_of, whole
 from translation_data import PADDING, Corpus, Sentences
 

@@ -43,19 +43,10 @@ import torch
 import gpunn
 from checkpoint import CANNOT_RESUME, Journal, Loop, Part, open_journal, what_ran
 from command_line import device_of, parser_for, positive
-from digits_mlp import (
-    MISREAD,
-    Digits,
-    batches,
-    first_traced,
-    load,
-    predict,
-    progress_bar,
-    threads,
-    train_step,
-)
+from digits_mlp import MISREAD, Digits, batches, load, predict, train_step
 from gan_judge import large_digits, mnist_file, small_digits
 from gpunn import nn
+from loops import first_traced, progress_bar, threads
 
 try:
     from matplotlib.axes import Axes

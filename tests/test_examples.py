@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 SHARED = (
     "attention_pictures", "bible_verses", "checkpoint", "command_line", "feature_networks",
-    "gan_judge", "gan_networks", "gan_pictures", "gan_training", "image_optimisation",
+    "gan_judge", "gan_networks", "gan_pictures", "gan_training", "image_optimisation", "loops",
     "number_words", "photographs", "processes", "translation_data", "translation_training",
 )  # fmt: skip
 DEMOS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in SHARED)
@@ -209,11 +209,21 @@ def test_on_a_gpu_the_demo_uses_the_kernels(digits_mlp: ModuleType, tmp_path: Pa
     assert result.accuracy >= options.expected
 
 
-@pytest.mark.parametrize("module", ["matplotlib.figure", "rich.progress", "sklearn.datasets"])
-def test_a_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if module != "matplotlib.figure":  # the first to be imported
-        pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'gpunn[demo]'")
-    monkeypatch.delitem(sys.modules, "digits_mlp", raising=False)
+@pytest.mark.parametrize(
+    ("module", "imported_before"),
+    [
+        ("rich.progress", ()),
+        ("matplotlib.figure", ("rich",)),
+        ("sklearn.datasets", ("rich", "matplotlib")),
+    ],
+)
+def test_a_missing_package_is_named(
+    module: str, imported_before: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in imported_before:
+        pytest.importorskip(package, reason=f"no {package}: pip install 'gpunn[demo]'")
+    for ours in ("digits_mlp", "loops"):
+        monkeypatch.delitem(sys.modules, ours, raising=False)
     monkeypatch.setitem(sys.modules, module, None)  # importing it now fails
     with pytest.raises(ModuleNotFoundError, match=rf"need {module}.*pip install 'gpunn\[demo\]'"):
         importlib.import_module("digits_mlp")

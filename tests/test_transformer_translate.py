@@ -296,6 +296,7 @@ def test_a_missing_package_is_named(
     demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "num2words", None)
+    importlib.import_module("number_words").speller.cache_clear()
     assert demo.main(["--device", "cpu"]) == 1
     assert re.search(r"need num2words.*pip install 'gpunn\[demo\]'", capsys.readouterr().err)
 
