@@ -290,6 +290,20 @@ def test_decoding_with_every_option(device: str) -> None:
     assert_accurate(y, exact_of(tensors, lengths, rules, slopes), baseline)
 
 
+def test_sequences_of_one_length_are_decoded_by_torch_as_if_alone(device: str) -> None:
+    query, slopes = torch.randn(6, 4, 16, device=device), torch.rand(6, 4, device=device)
+    key, value = (torch.randn(6, 2, 9, 16, device=device) for _ in range(2))
+    lengths = torch.tensor([3, 7, 7, 3, 0, 3], dtype=torch.int32, device=device)
+    with gpunn.backend("torch"):
+        y = GF.attention_decode(query, key, value, lengths, alibi_slopes=slopes)
+        for i in range(6):
+            only = slice(i, i + 1)
+            alone = GF.attention_decode(
+                query[only], key[only], value[only], lengths[only], alibi_slopes=slopes[only]
+            )
+            torch.testing.assert_close(y[only], alone)
+
+
 def test_a_sequence_without_keys_gives_zero(device: str) -> None:
     (query, key, value), lengths = cache(device, torch.float32)
     key[0] = math.nan  # what is not in use may hold anything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -100,20 +101,27 @@ def _by_torch(
     slopes: torch.Tensor | None,
     rules: Rules,
 ) -> torch.Tensor:
-    """One sequence after another; the host waits for the device to learn their lengths."""
-    found = []
+    """Sequences of one length together; the host waits for the device to learn the lengths."""
+    of_length: dict[int, list[int]] = {}
     for i, length in enumerate(cache_lengths.tolist()):
+        of_length.setdefault(length, []).append(i)
+    found = [query.new_empty(0, query.shape[1], value_cache.shape[-1])]
+    for length, sequences in of_length.items():
+        rows = torch.tensor(sequences, device=query.device)
         parts = []
         for cache in (key_cache, value_cache):
-            pages = cache[i : i + 1] if block_table is None else cache[block_table[i].long()]
-            parts.append(pages.transpose(0, 1).flatten(1, 2)[None, :, :length])
-        own = None if slopes is None else slopes[i % len(slopes)][None]
+            if block_table is None:
+                parts.append(cache[:, :, :length][rows])
+            else:
+                pages = cache[block_table[rows].long()]
+                parts.append(pages.transpose(1, 2).flatten(2, 3)[:, :, :length])
+        own = slopes if slopes is None or len(slopes) == 1 else slopes[rows]
         given = Given(
-            query[i : i + 1, :, None], parts[0], parts[1], None, own, None, None, None, 1, length
+            query[rows, :, None], parts[0], parts[1], None, own, None, None, None, 1, length
         )
         found.append(composed(given, rules, None)[:, :, 0])
-    shape = *query.shape[:2], value_cache.shape[-1]
-    return torch.cat(found) if found else query.new_empty(shape)
+    order = torch.tensor([*chain(*of_length.values())], dtype=torch.int64, device=query.device)
+    return torch.cat(found)[order.argsort()]
 
 
 def _check(
