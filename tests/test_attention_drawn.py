@@ -29,7 +29,7 @@ from kit import LAYOUTS, as_numpy, launched, short_name
 
 N_CHUNKS = 16
 # On a GPU almost every drawn problem is kernels to compile, seconds each.
-N_EACH = 20 if INTERPRETING else 4
+N_EACH = 12 if INTERPRETING else 4
 LENGTHS = (1, 3, 7, 16, 17, 17, 23, 23, 33)
 HEAD_SIZES = (1, 3, 8, 16, 20)
 # Batches, heads of queries, and query heads a key head: each is a program of the interpreter's.
