@@ -125,12 +125,12 @@ def _table_scenarios() -> dict[str, Scenario]:
 def _partial_scenarios() -> dict[str, Scenario]:
     """Heads that fill no tile, which have masks of columns; without options, 16 bytes a load.
 
-    On the other chips one head's, which take the most registers.
+    On the other chips those of 16 bits, with the options that take the most registers.
     """
     found = {}
     for dtype, precision, head, kinds in PARTIAL:
         for kind, kernel in itertools.product(kinds, KERNELS):
-            everywhere = (dtype, head, kind) == (HALF, 72, "kept")
+            everywhere = dtype == HALF and kind == "kept"
             found[f"attention-{kernel}-{kind}-{precision}-{dtype.itemsize}-{head}"] = Scenario(
                 partial(_attention, kernel, kind, dtype, head, precision, SHORT),
                 capabilities=(80, 90, 100) if everywhere else (90,),
@@ -142,7 +142,6 @@ def _partial_scenarios() -> dict[str, Scenario]:
             wide_only=True,
             narrow_allowed=32,  # of statistics, one a row
             without_products=("attention_delta_kernel",),
-            capabilities=(80, 90, 100) if head == 72 else (90,),
         )
     return found
 

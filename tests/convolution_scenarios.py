@@ -97,9 +97,9 @@ CONTIGUOUS_TOO = ("128x128", "packed", "unaligned-64x64", "float32-64x64", "ieee
 # stride is a launch for each of its phases, which differ as much from each other.
 KINDS: dict[str, tuple[int, ...]] = {
     "forward": (80, 90, 100),
-    "weight": (80, 90),
+    "weight": (80, 90, 100),
     "transposed": (90,),
-    "unstrided": (100,),
+    "unstrided": (80, 100),
 }
 
 
@@ -107,11 +107,11 @@ def convolution_scenarios() -> dict[str, Scenario]:
     """Of the weight's gradient, the sum of its parts is launched, too."""
     found = {}
     for name, (sizes, dtype) in SIZES.items():
-        for kind, chips in KINDS.items():
+        for kind, everywhere in KINDS.items():
             for channels_last in (True, False) if name in CONTIGUOUS_TOO else (True,):
                 # float32 and contiguous images have the tiles of sm_90 on all chips
-                if not (channels_last and dtype == HALF):
-                    chips = tuple(chip for chip in chips if chip == 90)
+                differs = channels_last and dtype == HALF
+                chips = tuple(chip for chip in everywhere if differs or chip == 90)
                 layout = "" if channels_last else "-contiguous"
                 launch = partial(_convolution, kind, sizes, dtype, channels_last)
                 precise = partial(_with_precision, name.startswith("ieee"), launch)
