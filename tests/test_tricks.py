@@ -65,9 +65,9 @@ def test_the_tasks_are_what_they_say(tricks: ModuleType) -> None:
         assert torch.equal(part.held_out_y, digits.held_out_y)
 
 
-def test_augmentation_moves_an_image_a_little(tricks: ModuleType) -> None:
+def test_augmentation_moves_an_image_a_little(tricks: ModuleType, device: str) -> None:
     """In training alone, each image anew; pixels stay between 0 and 1."""
-    x = tricks.load_images("cpu").train_x[:64]
+    x = tricks.load_images(device).train_x[:64]
     assert (float(x.min()), float(x.max())) == (0, 1)
     layer = tricks.with_augmentation(True)[0]
     moved, again = layer(x), layer(x)
