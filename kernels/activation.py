@@ -76,7 +76,7 @@ def leaky_relu_gradient(dy, y, p0: tl.constexpr, p1: tl.constexpr):
 
 @triton.jit
 def elu(x, p0: tl.constexpr, p1: tl.constexpr):
-    return tl.where(x > 0, x, p0 * expm1(nan_min(x, 0.0)))
+    return tl.where(x >= 0, x, p0 * expm1(nan_min(x, 0.0)))
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def elu_gradient(dy, x, p0: tl.constexpr, p1: tl.constexpr):
 
 @triton.jit
 def celu(x, p0: tl.constexpr, p1: tl.constexpr):
-    return tl.where(x > 0, x, p0 * expm1(nan_min(x, 0.0) / p0))
+    return tl.where(x >= 0, x, p0 * expm1(nan_min(x, 0.0) / p0))
 
 
 @triton.jit

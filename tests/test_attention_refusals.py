@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,3 +75,17 @@ def test_refuses_options_that_are_none(message: str) -> None:
     keywords, expected = OURS[message]
     with pytest.raises(expected, match=message):
         GF.scaled_dot_product_attention(Q, V, V, **keywords)
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_probabilities_of_numpy_and_of_tensors(kind: Callable[[float], Any], device: str) -> None:
+    query = torch.randn(1, 2, 5, 8, device=device)
+    layer = gpunn.nn.MultiheadAttention(8, 2, dropout=0.5).to(device)
+    results = []
+    for p in (0.5, kind(0.5)):
+        layer.dropout = p
+        torch.manual_seed(1)
+        y = GF.scaled_dot_product_attention(query, query, query, dropout_p=p)
+        results.append([y, *layer(*[query[0].transpose(0, 1)] * 3)])
+    assert all(map(torch.equal, *results))
+    assert not torch.equal(results[0][0], GF.scaled_dot_product_attention(query, query, query))

@@ -189,6 +189,13 @@ def test_refusals_are_torchs(name: str, device: str) -> None:
         GF.batch_norm(**given, activation="relu")
 
 
+def test_what_newer_releases_of_torch_refuse_is_refused(device: str) -> None:
+    x = torch.randn(4, 6, 3, device=device)
+    for eps, training in ((-1e-5, True), (0.0, True), (-1e-5, False)):
+        with pytest.raises(ValueError, match=r"^eps: .*got"):
+            GF.batch_norm(x, x[:, :, 0].mean(0), x[:, :, 0].var(0), training=training, eps=eps)
+
+
 def test_a_residual_that_does_not_fit_is_refused(device: str) -> None:
     x, weight, bias, residual = operands(device)
     choices: list[Backend] = ["kernels", "torch"]

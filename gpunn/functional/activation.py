@@ -10,13 +10,14 @@ Raises, each of them: TypeError where the input is no tensor or a parameter no n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from gpunn.functional.dispatch import AGAIN, autocast_is_on, is_tensor, record_fallback
+from gpunn.functional.dispatch import AGAIN, autocast_is_on, is_tensor, number, record_fallback
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.elementwise import activation_backward, activation_forward
 from gpunn.kernels.launch import decline, takes
@@ -65,17 +66,16 @@ def resolve_activation(activation: ActivationName) -> tuple[str, list[float]]:
     """Name and parameters of ``None``, ``"relu"`` or ``("leaky_relu", 0.2)``.
 
     Raises:
-        RuntimeError: a parameter that celu or softshrink refuses.
+        RuntimeError, ValueError: a parameter that the activation's function refuses.
         TypeError: neither a name nor a tuple of a name and numbers.
-        ValueError: an unknown name, more parameters than the activation has, or limits of hardtanh
-            that are upside down.
+        ValueError: an unknown name, or more parameters than the activation has.
     """
     if activation is None:
         return "identity", []
     if isinstance(activation, str) and activation in ACTIVATIONS:
         return activation, list(ACTIVATIONS[activation].defaults)
     name, *given = (activation,) if not isinstance(activation, tuple) else activation or (None,)
-    if not isinstance(name, str) or not all(isinstance(value, (int, float)) for value in given):
+    if not isinstance(name, str) or not all(hasattr(value, "__float__") for value in given):
         raise TypeError(
             "activation: expected a name, a tuple of a name and its parameters, or None, "
             f"got {activation!r}"
@@ -97,9 +97,9 @@ def _check_parameters(name: str, parameters: Sequence[float]) -> None:
     """Refuse the parameters that torch refuses."""
     if name == "celu" and parameters[0] == 0:
         raise RuntimeError("alpha: celu needs an alpha other than 0, got 0")
-    if name == "softshrink" and parameters[0] < 0:
-        raise RuntimeError(f"lambd: softshrink needs lambd >= 0, got {parameters[0]}")
-    if name == "hardtanh" and parameters[0] > parameters[1]:
+    if name == "softshrink" and not 0 <= parameters[0] < math.inf:
+        raise RuntimeError(f"lambd: softshrink needs a finite lambd >= 0, got {parameters[0]}")
+    if name == "hardtanh" and not parameters[0] <= parameters[1]:
         raise ValueError(f"min_val: hardtanh needs min_val <= max_val, got {tuple(parameters)}")
 
 
@@ -130,9 +130,7 @@ def _activate(
     name: str, input: torch.Tensor, parameters: Sequence[float] = (), inplace: bool = False
 ) -> torch.Tensor:
     """f(input) on the kernel where there is one for the case, else on torch's op."""
-    if not all(isinstance(value, (int, float)) for value in parameters):
-        raise TypeError(f"{name}: expected numbers as parameters, got {tuple(parameters)}")
-    values = [float(value) for value in parameters]
+    values = [number(name, value) for value in parameters]
     _check_parameters(name, values)
     if not is_tensor(name, input):
         return TORCH[name](input, *values)
@@ -212,7 +210,7 @@ def hardtanh(
 
     Raises:
         TypeError: the input is no tensor, or a limit no number.
-        ValueError: min_val is above max_val.
+        ValueError: min_val is above max_val, or one of them NaN.
     """
     return _activate("hardtanh", input, (min_val, max_val), inplace)
 
@@ -236,7 +234,7 @@ def softshrink(input: torch.Tensor, lambd: float = 0.5) -> torch.Tensor:
     """y = x - lambd above lambd, x + lambd below -lambd, else 0.
 
     Raises:
-        RuntimeError: lambd is negative.
+        RuntimeError: lambd is negative, infinite or NaN.
         TypeError: the input is no tensor, or lambd no number.
     """
     return _activate("softshrink", input, (lambd,))

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from gpunn.functional.dispatch import is_tensor
+from gpunn.functional.dispatch import is_tensor, number
 
 Alignment = Literal["upper_left", "lower_right"]
 Window = tuple[int | None, int | None]
@@ -64,8 +64,7 @@ def rules_of(
         ValueError: dropout_p is no probability, softcap is not positive, a bound of the window is
             negative, or the alignment is unknown.
     """
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
+    dropout_p = number("dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -76,7 +75,7 @@ def rules_of(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
     return Rules(
-        float(scale), float(softcap or 0), float(dropout_p), before, after,
+        float(scale), float(softcap or 0), dropout_p, before, after,
         alignment == "lower_right",
     )  # fmt: skip
 

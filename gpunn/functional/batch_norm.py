@@ -217,11 +217,14 @@ def batch_norm(
         RuntimeError: shapes, dtypes or devices do not fit each other, statistics are missing, or a
             parameter that the activation refuses.
         TypeError: an argument is not of its type.
-        ValueError: an unknown activation, or one value a channel in training.
+        ValueError: an unknown activation, an eps below 0, or one value a channel or an eps of 0 in
+            training.
 
     Source: S. Ioffe and C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
     """
     options = Options(training, momentum, eps, *resolve_activation(activation))
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"eps: batch_norm needs eps > 0, or 0 but in training, got {eps}")
     arguments = running_mean, running_var, weight, bias
     given = {"running_mean": running_mean, "running_var": running_var, "bias": bias}
     check_arguments(

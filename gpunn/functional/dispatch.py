@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.overrides import has_torch_function_unary
@@ -25,6 +26,19 @@ def is_tensor(operator: str, input: object, name: str = "input") -> bool:
     if has_torch_function_unary(input):
         return False
     raise TypeError(f"{name}: {operator} expects a tensor, got {type(input).__name__}")
+
+
+def number(name: str, value: Any) -> float:
+    """What torch takes for a number: one of Python's or NumPy's, or a tensor of no dimensions.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, (int, float)) or (
+        hasattr(value, "__float__") and not getattr(value, "ndim", 0)
+    ):
+        return float(value)
+    raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def check_arguments(dropout_p: object, **tensors: object) -> None:

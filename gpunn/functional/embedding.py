@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import has_torch_function_unary
 
-from gpunn.functional.dispatch import AGAIN, check_arguments, is_tensor, record_fallback
+from gpunn.functional.dispatch import AGAIN, check_arguments, is_tensor, number, record_fallback
 from gpunn.kernels.dropout import dropout_factors
 from gpunn.kernels.embedding import embedding_backward, embedding_forward
 from gpunn.kernels.launch import decline, takes
@@ -236,8 +236,7 @@ def embedding(
     """
     settings = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
     check_arguments(dropout_p, weight=weight, positional=positional, positions=positions)
-    if not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
+    scale = number("scale", scale)
     plain = is_tensor("embedding", input) and is_tensor("embedding", weight, "weight")
     fused = scale, positional, positions, dropout_p
     if not plain:

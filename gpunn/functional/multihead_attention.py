@@ -27,6 +27,7 @@ from gpunn.functional.dispatch import (
     autocast_to_lower,
     check_arguments,
     is_tensor,
+    number,
 )
 from gpunn.functional.linear import linear
 from gpunn.functional.multihead_attention_arguments import (
@@ -290,7 +291,7 @@ def multi_head_attention_forward(
     named = zip(("query", "key", "value"), tensors, strict=True)
     if not all(is_tensor("multi-head attention", tensor, name) for name, tensor in named):
         return _by_torch(tensors, batch_first, *given)
-    check_arguments(dropout_p)
+    check_arguments(dropout_p := number("dropout_p", dropout_p))
     alone, separate = use_separate_proj_weight, (q_proj_weight, k_proj_weight, v_proj_weight)
     call = Call(
         embed_dim_to_check, num_heads, None if alone else in_proj_weight,
