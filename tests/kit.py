@@ -123,6 +123,17 @@ def layouts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, make(tensor.detach())
 
 
+def far_apart(near: torch.Tensor, strides: tuple[int, ...], shift: int = 0) -> torch.Tensor:
+    """float16 values with strides of 2^30 and more: to see an offset pass 32 bits.
+
+    From here on a test's uninitialised memory is no longer filled with NaN: the gap would be, too,
+    and take the memory that it only seems to take.
+    """
+    torch.use_deterministic_algorithms(False)
+    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=near.device)
+    return storage.as_strided(near.shape, strides, shift).copy_(near)
+
+
 def check_gradients(
     function: Callable[..., torch.Tensor], *inputs: torch.Tensor, twice: bool = True
 ) -> None:
@@ -147,8 +158,11 @@ def check_gradients(
     dy = torch.randn_like(y)
     by_kernels = torch.autograd.grad(y, inputs, dy, retain_graph=True)
     differentiable = torch.autograd.grad(y, inputs, dy, create_graph=True)
+    advice = "do the kernels add up float64 in float64?"
     for ours, theirs in zip(by_kernels, differentiable, strict=True):
-        torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            theirs, ours, rtol=1e-6, atol=1e-9, msg=lambda text: f"{text}\n{advice}"
+        )
 
 
 def launched(trace: gpunn.Trace, *operators: str) -> list[LaunchRecord]:

@@ -14,6 +14,7 @@ import gpunn
 import gpunn.functional as GF
 from gpunn.functional.activation import TORCH
 from gpunn.kernels.activation import ACTIVATIONS
+from kit import far_apart
 
 N_DRAWN = 120
 dimension = st.integers(1, 40)
@@ -92,15 +93,12 @@ def test_agrees_with_torch_on_drawn_problems(problem: dict[str, Any], device: st
 @pytest.mark.parametrize("which", ["x", "weight", "residual", "dy"])
 def test_offsets_past_two_to_the_31(which: str, aligned: bool, device: str) -> None:
     """Three rows, 2^30 elements apart: row times stride, kept in 32 bits, would overflow."""
-    torch.use_deterministic_algorithms(False)  # or the gap would be filled, and take real memory
     shapes = {"x": (3, 8), "weight": (3, 8), "residual": (3, 3), "dy": (3, 3)}
     tensors = {
         name: torch.randn(shape, device=device).half().requires_grad_()
         for name, shape in shapes.items()
     }
-    shape, shift = shapes[which], 0 if aligned else 1
-    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
-    far = storage.as_strided(shape, (2**30, 1), shift).copy_(tensors[which].detach())
+    far = far_apart(tensors[which].detach(), (2**30, 1), 0 if aligned else 1)
 
     def run(replaced: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         given = {**tensors, **replaced}
