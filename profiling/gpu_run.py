@@ -35,8 +35,8 @@ FILES = ("tests.log", "benchmark.log", "benchmark.json", "summary.json")
 PACKAGES = ("torch", "triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")
 N_WORKERS = min(16, os.cpu_count() or 8)
 SAME_EVERYWHERE = (
-    "compiles", "architecture", "reference", "packaging", "host", "host_build", "machine_code",
-    "interpreter", "closeness", "demo", "examples", "checkpoint",
+    "compiles", "architecture", "cuda_sources", "reference", "packaging", "host", "host_build",
+    "machine_code", "interpreter", "closeness", "demo", "examples", "checkpoint",
 )  # fmt: skip
 """Files of tests that run no kernel on a GPU, or none at all: they are left to CI."""
 N_FAILURES_SHOWN, N_TABLE_LINES = 20, 60

@@ -1,4 +1,4 @@
-"""What test_architecture.py reads in a CUDA C++ source: its kernels, by their form alone."""
+"""What test_cuda_sources.py reads in a CUDA C++ source: its kernels, by their form alone."""
 
 from __future__ import annotations
 

@@ -17,21 +17,19 @@ from gpunn.kernels.cuda import CudaKernel
 from gpunn.kernels.interpreter import INTERPRETING
 from gpunn.kernels.launch import LaunchRecord
 
-# The stem of every op: the files of gpunn/functional, without what the ops share.
+# The files of gpunn/functional that are no op: what ops share or are put together of, more
+# functions of attention, one whose kernels and reference are batch_norm's, and one made of linear
+# and attention. So is a file called after an op, OP_arguments.py.
+NO_OPS = {
+    "__init__", "attention_decode", "attention_function", "attention_varlen", "attention_weights",
+    "augment_composition", "differentiable_pooling", "dispatch", "multihead_attention",
+    "sync_batch_norm", "window",
+}  # fmt: skip
+# The stem of every op.
 OPS = sorted(
-    {path.stem for path in Path(gpunn.functional.__file__).parent.glob("*.py")}
-    - {"__init__", "dispatch", "convolution_arguments", "differentiable_pooling", "window"}
-    - {
-        "attention_arguments",
-        "attention_function",
-        "attention_varlen",
-        "attention_decode",
-        "attention_weights",
-    }
-    - {"augment_arguments", "augment_composition"}
-    - {"sync_batch_norm"}  # whose kernels and reference are batch_norm's
-    # made of linear and attention, with no kernel of its own
-    - {"multihead_attention", "multihead_attention_arguments"}
+    path.stem
+    for path in Path(gpunn.functional.__file__).parent.glob("*.py")
+    if path.stem not in NO_OPS and not path.stem.endswith("_arguments")
 )
 # What gpunn.nn re-exports from torch.nn.
 CONTAINERS = {

@@ -52,6 +52,7 @@ class Scenario:
             "no tensor cores": multiplies and not cores,
             "MMA beside WGMMA": self.tensor_cores and on_hopper and bool(report.mma),
             "no 128-bit access": self.wide_only and not report.wide_accesses,
-            "narrow accesses": self.wide_only and narrow > self.narrow_allowed,
+            f"{narrow} narrow accesses, {self.narrow_allowed} allowed": self.wide_only
+            and narrow > self.narrow_allowed,
             "too many instructions": most is not None and found > most,
         }

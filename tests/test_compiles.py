@@ -29,7 +29,8 @@ from gpunn.profiling import static_report
 from gpunn.profiling.static_report import Report
 from kit import CudaText
 from scenario import Scenario
-from test_architecture import CUDA_SOURCES, KERNELS, functions_of, is_kernel, parsed
+from test_architecture import KERNELS, functions_of, is_kernel, parsed
+from test_cuda_sources import CUDA_SOURCES
 
 PAIRS = [(name, chip) for name, scenario in SCENARIOS.items() for chip in scenario.capabilities]
 
@@ -56,7 +57,7 @@ def test_compiles(name: str, chip: int, compiled: Callable[..., list[Report]]) -
         pytest.skip(str(reason))
     assert reports, "the scenario launches nothing"
     for report in reports:
-        assert not scenario.faults(report), report
+        assert not scenario.faults(report), f"{scenario.faults(report)}\n{report}"
     if scenario.reads_code and any(report.mma is None for report in reports):
         pytest.skip("no disassembler here can read the code: its instructions are not known")
 
@@ -95,7 +96,9 @@ def test_every_kernel_is_compiled(calls: list[Call]) -> None:
     }
     kernels |= {kernel.name for path in CUDA_SOURCES for kernel in cuda_kernels_of(path)}
     missing = kernels - {call.kernel.__name__ for call in calls}
-    assert not missing, f"no scenario for {', '.join(sorted(missing))}"
+    assert not missing, (
+        f"no scenario for {', '.join(sorted(missing))} in tests/compile_scenarios.py"
+    )
 
 
 def test_every_configuration_is_compiled(calls: list[Call]) -> None:
@@ -187,7 +190,7 @@ def test_what_is_counted_in_a_copy(chip: int) -> None:
 @pytest.mark.parametrize(
     ("name", "n_warps", "constants", "scenario", "fault"),
     [
-        ("copy_kernel", 8, {"T": torch.float16, "N": 4}, WIDE, "narrow accesses"),
+        ("copy_kernel", 8, {"T": torch.float16, "N": 4}, WIDE, "2 narrow accesses, 0 allowed"),
         ("copy_kernel", 8, {"T": torch.float16, "N": 4}, WIDE, "no 128-bit access"),
         ("copy_kernel", 8, {"T": torch.float16, "N": 8}, replace(PLAIN, most_instructions=5),
          "too many instructions"),
@@ -210,6 +213,6 @@ def test_a_fault_is_found(
 
 def test_allowed_narrow_accesses_are_no_fault() -> None:
     report = report_on("waiting_kernel", 8, THREADS=256, N=8)
-    assert "narrow accesses" not in replace(WIDE, narrow_allowed=16).faults(report)
+    assert "16 narrow" not in str(replace(WIDE, narrow_allowed=16).faults(report))
     if report.instructions is not None:
-        assert "narrow accesses" in replace(WIDE, narrow_allowed=15).faults(report)
+        assert "16 narrow accesses, 15 allowed" in replace(WIDE, narrow_allowed=15).faults(report)

@@ -18,6 +18,7 @@ import gpunn
 import gpunn.functional as GF
 import gpunn.nn
 from gpunn.kernels.launch import Backend
+from gpunn.replacement import PLAIN
 from kit import CONTAINERS
 
 LAYERS = sorted(set(gpunn.nn.__all__) - CONTAINERS)
@@ -117,6 +118,10 @@ def test_function_signature(name: str) -> None:
         got = {n: p.default for n, p in inspect.signature(ours).parameters.items()}
         assert list(got.items())[1 : 1 + len(BUILTINS[name])] == list(BUILTINS[name].items())
     else:
+        try:
+            inspect.signature(theirs)
+        except ValueError:
+            pytest.fail(f"torch's {name} is a builtin: give its parameters in BUILTINS")
         signatures_of(name, ours, theirs)
 
 
@@ -193,6 +198,15 @@ def test_layer_is_interchangeable(
         torch.testing.assert_close(copy.deepcopy(ours)(*inputs), expected)
         torch.testing.assert_close(pickle.loads(pickle.dumps(ours))(*inputs), expected)
     assert repr(ours) == repr(theirs)
+    # ``accelerate`` makes the one the other by its class alone
+    fused = {key: value for key, value in vars(ours).items() if key not in vars(theirs)}
+    assert fused == {key: PLAIN.get(key, "missing") for key in fused}, (
+        "what torch's layer lacks stands in PLAIN of gpunn/replacement.py"
+    )
+    gpunn.accelerate(theirs)
+    assert type(theirs) is type(ours)
+    with gpunn.backend(choice):
+        torch.testing.assert_close(theirs(*inputs), expected)
 
 
 def test_linear_with_its_fused_parts(device: str) -> None:
