@@ -22,14 +22,6 @@ IN_PLACE = {
 """What ``operator`` calls functions that change their first argument."""
 
 
-class _Tracer(torch.fx.Tracer):
-    """Layers of gpunn are not looked into, as torch's are not."""
-
-    def is_leaf_module(self, module: torch.nn.Module, qualified_name: str) -> bool:
-        is_layer = module.__module__.startswith("gpunn.nn.")
-        return is_layer or super().is_leaf_module(module, qualified_name)
-
-
 def fold_batch_norm(model: torch.nn.Module) -> torch.fx.GraphModule:
     """A copy of ``model`` for eval, where convolutions and linears do the normalising.
 
@@ -48,7 +40,7 @@ def fold_batch_norm(model: torch.nn.Module) -> torch.fx.GraphModule:
     """
     model = copy.deepcopy(model).eval()
     accelerate(model)
-    folded = torch.fx.GraphModule(model, _Tracer().trace(model))
+    folded = torch.fx.symbolic_trace(model)
     for node in list(folded.graph.nodes):
         layer, norm = _foldable(folded, node)
         place = None if layer is None else _place(folded, node)

@@ -92,12 +92,15 @@ def _change_classes(
 def _reason_to_keep(module: torch.nn.Module) -> str | None:
     """Why a layer should stay what it is, although its class has a counterpart."""
     given, layer = vars(module) | module._parameters | module._buffers, type(module)
+    given |= module._modules
     fusing = (
         torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm,
         torch.nn.modules.instancenorm._InstanceNorm, torch.nn.GroupNorm, torch.nn.LayerNorm,
         torch.nn.RMSNorm, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin,
         torch.nn.Embedding,
     )  # fmt: skip
+    if layer is torch.nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return "the attention around it computes it"
     if has_own_method(module):
         return "it has a method of its own in the place of its class's"
     if layer.__module__.startswith("gpunn."):
@@ -123,8 +126,13 @@ def has_own_method(module: torch.nn.Module) -> bool:
 
 
 def _fuses(given: dict[str, object]) -> bool:
-    """Whether a layer's settings ask for more than torch's layer does."""
-    return any(given.get(name, value) != value for name, value in PLAIN.items())
+    """Whether a layer's settings ask for more than torch's layer does.
+
+    An attribute of the user's own may be anything: a tensor is not equal to a number, or not.
+    """
+    found = {name: given[name] for name in PLAIN if name in given}
+    plain = {n: v is None or isinstance(v, (int, float)) for n, v in found.items()}
+    return any(not (plain[name] and value == PLAIN[name]) for name, value in found.items())
 
 
 def _namesake(layer: type) -> bool:

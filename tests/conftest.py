@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,19 @@ def demo_folder(monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = Path(__file__).resolve().parent.parent / "examples"
     monkeypatch.syspath_prepend(folder)
     return folder
+
+
+@pytest.fixture
+def one_precision() -> Iterator[None]:
+    """Of cuDNN's convolutions and recurrent layers, as torch is when it starts: export asks."""
+    settings: Any = torch.backends.cudnn
+    parts = settings.conv, settings.rnn
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "tf32"
+    yield
+    for part, precision in zip(parts, before, strict=True):
+        part.fp32_precision = precision
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -89,19 +89,6 @@ def test_two_graphs_for_all_lengths_of_a_model(device: str) -> None:
     for length in range(2, 14):
         tokens = torch.randint(11, (2, length), device=device)
         torch.testing.assert_close(compiled(tokens), model(tokens))
-
-
-@pytest.fixture
-def one_precision() -> Iterator[None]:
-    """Of cuDNN's convolutions and recurrent layers, as torch is when it starts: export asks."""
-    settings: Any = torch.backends.cudnn
-    parts = settings.conv, settings.rnn
-    before = [part.fp32_precision for part in parts]
-    for part in parts:
-        part.fp32_precision = "tf32"
-    yield
-    for part, precision in zip(parts, before, strict=True):
-        part.fp32_precision = precision
 
 
 @pytest.mark.usefixtures("one_precision")

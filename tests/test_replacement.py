@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 import gpunn
@@ -65,6 +66,35 @@ def test_accelerate_says_what_it_leaves_and_why() -> None:
     assert "parametrization" in kept["normed"]
     assert "fused path" in kept["encoder"]
     assert "no such layer" in gpunn.restore(torch.nn.Sequential(gpunn.nn.SwiGLU())).kept["0"]
+
+
+def test_accelerate_leaves_a_layer_whose_attributes_are_a_users_own(device: str) -> None:
+    """By gpunn's names: a scale to divide by, or a layer that the module around it calls."""
+
+    class Quantised(torch.nn.Linear):
+        scale: torch.Tensor
+
+    quantised = Quantised(2, 2)
+    quantised.register_buffer("scale", torch.ones(2))
+    layers: list[Any] = [quantised, *(torch.nn.Linear(2, 2) for _ in range(4))]
+    layers[1].scale = torch.nn.Parameter(torch.ones(2))
+    layers[2].scale = np.ones(3)
+    layers[3].activation = torch.nn.ReLU()
+    layers[4].dropout_p = torch.zeros(2)
+    layers.append(torch.nn.Embedding(5, 2))
+    layers[5].positional = torch.nn.Embedding(7, 2)
+    net = torch.nn.ModuleList(layers).to(device)
+    record = gpunn.accelerate(net)
+    assert set(record.replaced) == {"3.activation", "5.positional"}
+    assert all("attribute" in record.kept[str(i)] for i in range(6))
+    assert type(layers[3].activation) is gpunn.nn.ReLU
+    assert layers[5](torch.tensor([1], device=device)).shape == (1, 2)
+
+
+def test_accelerate_says_who_computes_the_projection_of_attention() -> None:
+    record = gpunn.accelerate(torch.nn.MultiheadAttention(4, 2))
+    assert set(record.replaced) == {""}
+    assert "the attention around it" in record.kept["out_proj"]
 
 
 def test_accelerate_leaves_a_layer_with_a_method_of_its_own(device: str) -> None:

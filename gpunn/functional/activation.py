@@ -133,7 +133,7 @@ def _activate(
     values = [number(name, value) for value in parameters]
     _check_parameters(name, values)
     if not is_tensor(name, input):
-        return TORCH[name](input, *values)
+        return TORCH[name](input, *values, **({"inplace": True} if inplace else {}))
     if inplace:
         decline(name, "inplace=True")
         return TORCH[name](input, *values, inplace=True)

@@ -234,6 +234,9 @@ def batch_norm(
         return _by_torch(input, residual, arguments, options)
     check_channels(input, weight=weight, **given)
     _check_statistics(input, (running_mean, running_var), training)
+    if options.name == "identity" and residual is None and chosen_backend() == "auto":
+        record_fallback("batch_norm", "nothing to fuse: PyTorch's batch_norm")
+        return _by_torch(input, None, arguments, options)
     if input.numel() == 0 or input.numel() // input.shape[1] > MOST_POSITIONS:
         decline("batch_norm", f"no kernel for a batch of shape {tuple(input.shape)}")
         return _by_torch(input, residual, arguments, options)
@@ -243,9 +246,6 @@ def batch_norm(
             record_fallback("batch_norm", f"a residual in {residual.dtype}: PyTorch's sum")
             bare = batch_norm(input, *arguments, training, momentum, eps)
             return TORCH[options.name](bare + residual, *options.parameters)
-    if options.name == "identity" and residual is None and chosen_backend() == "auto":
-        record_fallback("batch_norm", "nothing to fuse: PyTorch's batch_norm")
-        return _by_torch(input, None, arguments, options)
     tensors = input, residual, weight, bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y: torch.Tensor = _BatchNorm.apply(*distinct(tensors), running_mean, running_var, options)

@@ -254,9 +254,6 @@ def _convolve(
         return _by_torch(name, (input, weight, bias, residual), arguments, fused)
     geometry = geometry_of(name, n, input, weight, *arguments)
     check_operands(n, input, weight, bias, residual, geometry)
-    if _has_too_many_places(n, input, geometry):
-        decline(name, f"no kernel for images of shape {tuple(input.shape)}")
-        return _by_torch(name, (input, weight, bias, residual), arguments, fused)
     if residual is not None and residual.dtype != input.dtype:  # as after a layer in float32
         record_fallback(name, f"a residual in {residual.dtype}: PyTorch's sum")
         bare = input, weight, bias, None
@@ -264,6 +261,9 @@ def _convolve(
     if fused.name == "identity" and residual is None and chosen_backend() == "auto":
         record_fallback(name, "nothing to fuse: PyTorch's convolution")
         return getattr(F, name)(input, weight, bias, *arguments)  # type: ignore[no-any-return]
+    if _has_too_many_places(n, input, geometry):
+        decline(name, f"no kernel for images of shape {tuple(input.shape)}")
+        return _by_torch(name, (input, weight, bias, residual), arguments, fused)
     return _by_kernels(n, (input, weight, bias, residual), geometry, fused)
 
 

@@ -140,10 +140,12 @@ def _drop(
     _check_probability(p)
     if mask is not None:
         _check_mask(mask, input)
-    if not training or (p == 0 and mask is None) or input.numel() == 0:
+    if not training or (p == 0 and mask is None):
         return input
     if not takes_cuda(name, input):
         return _composed(name, input, p, training, inplace, mask)
+    if input.numel() == 0:
+        return input
     if p == 1:  # all is dropped, and to that torch adds nothing
         kind, channel = "dropout", None
     elif channel is not None and channel >= input.dim():

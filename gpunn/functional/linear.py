@@ -180,8 +180,6 @@ def _special(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         return "the weight is a vector"
     if bias is not None and (bias.dim() == 0 or bias.shape == (1,) != weight.shape[:1]):
         return "the bias is a scalar"
-    if math.prod(input.shape[:-1]) > MOST_ROWS:
-        return "no kernel for more rows than 32 bits count"
     return None
 
 
@@ -244,6 +242,9 @@ def linear(
     if bare and chosen_backend() == "auto":
         record_fallback("linear", "nothing to fuse: PyTorch's product")
         return F.linear(input, weight, bias)
+    if math.prod(input.shape[:-1]) > MOST_ROWS:  # asked last: it binds what torch.export exports
+        decline("linear", "no kernel for more rows than 32 bits count")
+        return _composed(input, weight, bias, residual, name, parameters, dropout_p)
     tensors = (input, weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Linear.apply(*distinct(tensors), name, parameters, dropout_p)  # type: ignore[no-any-return]

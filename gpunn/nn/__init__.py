@@ -81,8 +81,11 @@ from gpunn.nn.pooling import (
 )
 from gpunn.nn.rotary_embedding import RotaryEmbedding
 from gpunn.nn.softmax import LogSoftmax, Softmax, Softmax2d, Softmin
+from gpunn.nn.tracing import keep_layers_whole
 from gpunn.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
 from gpunn.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
+
+keep_layers_whole()
 
 __all__ = [
     "CELU",
