@@ -100,6 +100,9 @@ def _counts(assembly: str | None) -> dict[str, int | None]:
 def counts_in_ptx(ptx: str) -> dict[str, int | None]:
     """What COUNTED counts, in PTX; None of instructions."""
     counts: dict[str, int | None] = {"instructions": None}
+    # searching the statements that may count takes a fifth of the time of searching all
+    told = ("ld.", "st.", "cp.async.", "mma.")
+    ptx = ";".join(part for part in ptx.split(";") if any(word in part for word in told))
     found = {name: len(re.findall(pattern, ptx)) for name, pattern in COUNTED_IN_PTX.items()}
     counts["narrow_accesses"] = found.pop("accesses") - found["wide_accesses"]
     return counts | found
