@@ -274,6 +274,17 @@ def test_what_torch_computes_instead() -> None:
     assert len(trace.fallbacks) == 5
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 2, 4, 5)], ids=str)
+def test_the_mean_over_other_inputs_is_torchs(shape: tuple[int, ...], device: str) -> None:
+    """Which torch takes for an output of one alone."""
+    x = torch.randn(shape, device=device)
+    with gpunn.backend("auto"), gpunn.trace() as trace:
+        assert torch.equal(GF.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, 1))
+        with pytest.raises(RuntimeError):
+            GF.adaptive_avg_pool2d(x, 2)
+    assert [f.reason for f in trace.fallbacks] == [f"an input of {len(shape)} dimensions"] * 2
+
+
 def test_symbolic_tracing(device: str) -> None:
     net = gpunn.nn.Sequential(
         gpunn.nn.MaxPool2d(3, 2, 1),

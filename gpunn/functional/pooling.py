@@ -30,7 +30,7 @@ from gpunn.functional.window import (
     window_of,
 )
 from gpunn.kernels.cuda import takes_cuda
-from gpunn.kernels.launch import chosen_backend, record_fallback
+from gpunn.kernels.launch import chosen_backend, decline, record_fallback
 from gpunn.kernels.pooling import avg_pool_forward, max_pool_forward
 from gpunn.kernels.unpooling import max_unpool_forward
 
@@ -249,6 +249,9 @@ def avg_pool1d(
 
 def _adaptive_avg_pool(name: str, n: int, input: torch.Tensor, output_size: Any) -> torch.Tensor:
     if not (is_tensor(name, input) and takes_cuda(name, input)):
+        return getattr(F, name)(input, output_size)  # type: ignore[no-any-return]
+    if n == 2 and input.dim() not in (3, 4):  # which torch takes for an output of one
+        decline(name, f"an input of {input.dim()} dimensions")
         return getattr(F, name)(input, output_size)  # type: ignore[no-any-return]
     x = as_images(name, n, input, input.dim() - n)
     size = adaptive_size(name, n, output_size, x.shape)
