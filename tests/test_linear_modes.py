@@ -217,6 +217,7 @@ def test_bad_input_is_refused_before_anything_runs(
         ({"activation": F.relu}, "activation: expected a name.*got <function"),
         ({"activation": ()}, r"activation: expected a name.*got \(\)"),
         ({"activation": ("elu", "x")}, "activation: expected a name.*'x'"),
+        ({"activation": ("elu", torch.ones(2))}, "activation: expected a name.*tensor"),
     ],
 )
 def test_what_is_not_of_its_type_is_refused(change: dict[str, Any], message: str) -> None:

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpunn.functional.dispatch import AGAIN, autocast_is_on, is_tensor, number, record_fallback
+from gpunn.functional.dispatch import (
+    AGAIN,
+    autocast_is_on,
+    is_number,
+    is_tensor,
+    number,
+    record_fallback,
+)
 from gpunn.kernels.activation import ACTIVATIONS
 from gpunn.kernels.elementwise import activation_backward, activation_forward
 from gpunn.kernels.launch import decline, takes
@@ -75,7 +82,7 @@ def resolve_activation(activation: ActivationName) -> tuple[str, list[float]]:
     if isinstance(activation, str) and activation in ACTIVATIONS:
         return activation, list(ACTIVATIONS[activation].defaults)
     name, *given = (activation,) if not isinstance(activation, tuple) else activation or (None,)
-    if not isinstance(name, str) or not all(hasattr(value, "__float__") for value in given):
+    if not isinstance(name, str) or not all(map(is_number, given)):
         raise TypeError(
             "activation: expected a name, a tuple of a name and its parameters, or None, "
             f"got {activation!r}"

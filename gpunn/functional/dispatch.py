@@ -28,15 +28,20 @@ def is_tensor(operator: str, input: object, name: str = "input") -> bool:
     raise TypeError(f"{name}: {operator} expects a tensor, got {type(input).__name__}")
 
 
+def is_number(value: object) -> bool:
+    """Whether torch takes it for one: Python's, NumPy's, or a tensor of no dimensions."""
+    return isinstance(value, (int, float)) or (
+        hasattr(value, "__float__") and not getattr(value, "ndim", 0)
+    )
+
+
 def number(name: str, value: Any) -> float:
-    """What torch takes for a number: one of Python's or NumPy's, or a tensor of no dimensions.
+    """A number as a float.
 
     Raises:
         TypeError: it is none.
     """
-    if isinstance(value, (int, float)) or (
-        hasattr(value, "__float__") and not getattr(value, "ndim", 0)
-    ):
+    if is_number(value):
         return float(value)
     raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
